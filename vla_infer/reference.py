@@ -1,0 +1,224 @@
+"""The reference executor: every operation of the tape in a few lines of PyTorch.
+
+Slow, obviously right, differentiable: the yardstick of the other executors. In float32 or float64 it computes what
+the formulas say; in bfloat16 it is what PyTorch itself makes of them, which is the error the engine is measured
+against. This is the only module that imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor as Torch
+
+from vla_infer.errors import EngineError
+from vla_infer.tape import ACTIVATIONS, NORMS, Op, Tape, Tensor
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+_ACT: dict[int, Callable[[Torch], Torch]] = {
+    ACTIVATIONS["none"]: lambda x: x,
+    ACTIVATIONS["gelu_tanh"]: lambda x: F.gelu(x, approximate="tanh"),
+    ACTIVATIONS["silu"]: F.silu,
+}
+
+ReadWeight = Callable[[str], npt.NDArray[np.generic]]
+
+
+def to_torch(values: npt.NDArray[np.generic]) -> Torch:
+    """A NumPy array as a tensor; uint16 holds bfloat16 bits."""
+    if values.dtype == np.uint16:
+        return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(values))
+
+
+class ReferenceExecutor:
+    """Runs one tape. `read` gives a checkpoint tensor by name; precision: "fp32", "fp64" or "bf16"."""
+
+    def __init__(self, tape: Tape, read: ReadWeight, precision: str = "fp32") -> None:
+        if precision not in DTYPES:
+            raise EngineError(f"reference: precision: expected one of {', '.join(DTYPES)}, got {precision!r}")
+        self.tape = tape
+        self.act = DTYPES[precision]
+        # Numbers that the engine keeps in float32 stay so in bfloat16, as PyTorch's autocast would have them.
+        self.full = torch.float64 if precision == "fp64" else torch.float32
+        self.weights: dict[str, Torch] = {}
+        self.memory: dict[int, Torch] = {}
+        for op in tape.ops:
+            for w in op.weights:
+                if w.name not in self.weights:
+                    values = to_torch(read(w.name))
+                    self.weights[w.name] = values.reshape(values.shape[0], -1).to(self.act)
+        for buffer in tape.buffers:
+            if buffer.kind == "param":
+                values = to_torch(read(buffer.name)).reshape(buffer.rows, buffer.cols)
+            elif buffer.kind == "constant":
+                assert buffer.values is not None
+                values = to_torch(buffer.values)
+            else:
+                continue
+            self.memory[buffer.id] = values.to(self._dtype(buffer.dtype))
+        with torch.no_grad():
+            for op in tape.ops:
+                if op.at_load:
+                    self._run(op, 0)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return {"act": self.act, "f32": self.full, "i32": torch.int32, "u8": torch.uint8}[name]
+
+    def _get(self, t: Tensor, step: int) -> Torch:
+        row = t.row + step * t.step
+        return self.memory[t.buffer.id][row : row + t.rows, t.col : t.col + t.cols]
+
+    def _put(self, t: Tensor, value: Torch) -> None:
+        """Write a view. Parts of a buffer are written on a copy, so that autograd's saved tensors stay whole."""
+        buffer = t.buffer
+        value = value.to(self._dtype(buffer.dtype))
+        if (t.rows, t.cols) == (buffer.rows, buffer.cols):
+            self.memory[buffer.id] = value
+            return
+        old = self.memory.get(buffer.id)
+        if old is None:
+            old = torch.zeros(buffer.rows, buffer.cols, dtype=value.dtype)
+        new = old.clone()
+        new[t.row : t.row + t.rows, t.col : t.col + t.cols] = value
+        self.memory[buffer.id] = new
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        """Fill the inputs, run everything, return the outputs as float32 (float64) arrays."""
+        with torch.no_grad():
+            outputs = self.forward({name: to_torch(np.asarray(v)) for name, v in inputs.items()})
+        return {name: t.to(self.full).numpy().copy() for name, t in outputs.items()}
+
+    def forward(self, inputs: Mapping[str, Torch]) -> dict[str, Torch]:
+        """As `run`, on tensors, with gradients where torch has them enabled."""
+        for name, t in self.tape.inputs.items():
+            if name not in inputs:
+                raise EngineError(f"reference: input {name!r} is missing")
+            self.memory[t.buffer.id] = inputs[name].reshape(t.rows, t.cols).to(self._dtype(t.dtype))
+        body = [op for op in self.tape.ops if not op.at_load]
+        first = next((i for i, op in enumerate(body) if op.loop), len(body))
+        last = len(body) - next((i for i, op in enumerate(reversed(body)) if op.loop), len(body))
+        for op in body[:first]:
+            self._run(op, 0)
+        for step in range(self.tape.steps):
+            for op in body[first:last]:
+                self._run(op, step)
+        for op in body[max(first, last) :]:
+            self._run(op, 0)
+        return {name: self._get(t, 0) for name, t in self.tape.outputs.items()}
+
+    # ------------------------------------------------------------- operations
+    def _run(self, op: Op, step: int) -> None:
+        operands = {
+            name: self._get(t, step)
+            for name, t in op.operands.items()
+            if t.buffer.id in self.memory and t in op.reads
+        }
+        weights = []
+        for w in op.weights:
+            full = self.weights[w.name]
+            weights.append(full if w.cols is None else full[:, w.cols[0] : w.cols[1]])
+        results = getattr(self, f"_{op.kind}")(op, operands, weights)
+        for name, value in results.items():
+            self._put(op.operands[name], value)
+
+    def _normed(self, op: Op, o: Mapping[str, Torch], x: Torch) -> Torch:
+        kind = op.attrs["norm"]
+        if kind == NORMS["none"]:
+            return x.to(self.act)
+        y = x.to(self.full)
+        if kind == NORMS["layer"]:
+            y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + op.attrs["eps"])
+        if "norm_weight" in o:
+            y = y * (o["norm_weight"] + op.attrs["plus"])
+        if "norm_bias" in o:
+            y = y + o["norm_bias"]
+        return y.to(self.act)
+
+    def _product(self, x: Torch, w: Torch, bias: Torch | None) -> Torch:
+        return F.linear(x, w, None if bias is None else bias.reshape(-1).to(x.dtype))
+
+    def _linear(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        y = self._product(self._normed(op, o, o["x"]), w[0], o.get("bias"))
+        if op.attrs["scale"] != 1.0:
+            y = y * op.attrs["scale"]
+        y = _ACT[int(op.attrs["act"])](y)
+        if "gate" in o:
+            y = y * o["gate"].to(y.dtype)
+        if "residual" in o:
+            r = o["residual"].to(y.dtype)
+            y = r.repeat(y.shape[-2] // r.shape[-2], 1) + y
+        return {"out": y}
+
+    def _gated_linear(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        x = self._normed(op, o, o["x"])
+        return {"out": _ACT[int(op.attrs["act"])](F.linear(x, w[0])) * F.linear(x, w[1])}
+
+    def _qkv(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        x = self._normed(op, o, o["x"])
+        d = int(op.attrs["head_dim"])
+        results = {}
+        for name, weight in zip([n for n in ("q", "k", "v") if n in op.operands], w, strict=True):
+            y = self._product(x, weight, o.get(f"{name}_bias"))
+            if "rope" in o and name != "v":
+                table = o["rope"][o["positions"].reshape(-1).long()].to(self.full)
+                cos, sin = table[:, None, : d // 2], table[:, None, d // 2 :]
+                heads = y.reshape(y.shape[0], -1, d).to(self.full)
+                h1, h2 = heads[..., : d // 2], heads[..., d // 2 :]
+                y = torch.cat([h1 * cos - h2 * sin, h2 * cos + h1 * sin], -1).reshape(y.shape).to(self.act)
+            results[name] = y
+        return results
+
+    def _attention(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        d, batch = int(op.attrs["head_dim"]), int(op.attrs["batch"])
+
+        def heads(t: Torch) -> Torch:
+            return t.reshape(batch, t.shape[0] // batch, -1, d).transpose(1, 2)
+
+        q, k, v = heads(o["q"]), heads(o["k"]), heads(o["v"])
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = (q.to(self.full) @ k.to(self.full).transpose(-1, -2)) * d**-0.5
+        if "q_block" in o:
+            seen = o["k_block"].reshape(1, -1) <= o["q_block"].reshape(-1, 1)
+            scores = scores.masked_fill(~seen, float("-inf"))
+        p = torch.nan_to_num(scores.softmax(-1)).to(self.act)
+        return {"out": (p @ v).transpose(1, 2).reshape(o["q"].shape)}
+
+    def _space_to_depth(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        f, height, width = (int(op.attrs[n]) for n in ("factor", "height", "width"))
+        x = self._normed(op, o, o["x"])
+        d = x.shape[-1]
+        x = x.reshape(-1, height // f, f, width // f, f, d).transpose(2, 3)
+        return {"out": x.reshape(-1, f * f * d)}
+
+    def _embed(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        rows = o["table"][o["tokens"].reshape(-1).long()]
+        return {"out": rows * torch.tensor(op.attrs["scale"], dtype=rows.dtype)}
+
+    def _image_patches(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        height, width, p = (int(op.attrs[n]) for n in ("height", "width", "patch"))
+        pictures = []
+        for pixels, row in zip(o["frames"], o["geometry"].tolist(), strict=True):
+            h, wide, stride, new_h, new_w, top, left, present = row
+            picture = torch.full((3, height, width), -1.0, dtype=self.full)
+            if present:
+                x = pixels[: h * stride].reshape(h, stride)[:, : 3 * wide].reshape(h, wide, 3)
+                x = x.permute(2, 0, 1).to(self.full) / 255
+                if (new_h, new_w) != (h, wide):
+                    x = F.interpolate(x[None], size=(new_h, new_w), mode="bilinear", align_corners=False)[0]
+                picture[:, top : top + new_h, left : left + new_w] = x * 2 - 1
+            pictures.append(picture)
+        x = torch.stack(pictures).reshape(-1, 3, height // p, p, width // p, p)
+        return {"out": x.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)}
+
+    def _euler(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
+        h = self._normed(op, o, o["h"])
+        v = F.linear(h.to(self.full), w[0].to(self.full), o["bias"].reshape(-1).to(self.full))
+        error = (o["previous"] - (o["x"] - o["time"] * v)) * o["weight"]
+        return {"x": o["x"] + op.attrs["dt"] * (v - o["gain"] * error)}
