@@ -1,0 +1,18 @@
+"""colcon puts the installed package on PYTHONPATH and then starts pytest in the source tree, which would be
+imported first: test what was installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+_SOURCE = Path(__file__).resolve().parents[1]
+_installed = [
+    path
+    for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if (Path(path) / "vla_infer" / "__init__.py").exists()
+    and not (Path(path) / "vla_infer").samefile(_SOURCE / "vla_infer")
+]
+if _installed:
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _SOURCE]

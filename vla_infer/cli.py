@@ -1,0 +1,2 @@
+"""The command line, `vla-infer`."""
+from __future__ import annotations
