@@ -1,0 +1,64 @@
+// One device's side of the engine: its memory, its packed weights, and how it runs a list of operations.
+// cpu/ and cuda/ each have one. Nothing above this interface knows which it is.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ops/ops.h"
+
+namespace vla {
+
+// A matrix of the checkpoint in host memory, row-major: (n, k) float32 or bfloat16, `ld` elements a row.
+struct HostMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+  int n = 0, k = 0;
+  int64_t ld = 0;
+};
+
+// What is run in one call: `before`, then `body` `steps` times, then `after`.
+struct Script {
+  std::vector<Op> before, body, after;
+  int steps = 0;
+  std::vector<View> inputs, outputs;  // in the order the caller knows them by
+};
+
+// A script made ready for its device. Not thread-safe: one run at a time.
+class Plan {
+ public:
+  virtual ~Plan() = default;
+  // Host memory that the caller fills (reads) before (after) run(); valid as long as the plan.
+  virtual std::byte* input(int index) = 0;
+  virtual const std::byte* output(int index) = 0;
+  // Tells how many bytes of an input are in use from now on (pictures smaller than the largest); default all.
+  virtual void use(int index, size_t bytes) = 0;
+  // Everything from the inputs to the outputs; returns when the outputs can be read. Allocates nothing.
+  virtual void run() = 0;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual std::string name() const = 0;
+  virtual DType act() const = 0;  // what "act" means on this device: kF32 or kBF16
+  // Zeroed memory, 256-byte aligned, owned by the device until it goes.
+  virtual std::byte* allocate(size_t bytes) = 0;
+  virtual void write(std::byte* to, const void* from, size_t bytes) = 0;
+  virtual void read(void* to, const std::byte* from, size_t bytes) = 0;
+  // `rows` tells for how many rows of x the product is wanted first: the layout may depend on it.
+  virtual Weight pack(Packing packing, const std::vector<HostMatrix>& parts, int rows) = 0;
+  // Bytes held for packed weights and allocations, scratch included.
+  virtual size_t weight_bytes() const = 0;
+  virtual size_t scratch_bytes() const = 0;
+  // Runs operations once, at load (tables).
+  virtual void run_once(const std::vector<Op>& ops) = 0;
+  virtual std::unique_ptr<Plan> plan(Script script) = 0;
+};
+
+std::unique_ptr<Device> make_cpu_device(DType act, int threads);
+std::unique_ptr<Device> make_cuda_device(DType act, int index);  // in builds with CUDA
+
+}  // namespace vla
