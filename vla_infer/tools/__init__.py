@@ -1,0 +1,1 @@
+"""Programs that make files: `python -m vla_infer.tools.<name> --help`."""
