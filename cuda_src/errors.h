@@ -1,0 +1,19 @@
+// What the engine throws. Each message is one line: what, where, expected, got.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace vla {
+
+// The device cannot do what the tape asks for.
+struct Unsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The device failed in a way that does not go away in this process (a sticky CUDA error): it must end.
+struct DeviceLost : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace vla
