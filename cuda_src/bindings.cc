@@ -1,9 +1,109 @@
+// The Python module vla_infer._engine: a thin layer over engine.h. The interpreter's lock is let go while a
+// program runs. Places are tuples (store, offset, rows, cols, ld, step bytes, dtype), see vla_infer/engine.py.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "engine.h"
 
-PYBIND11_MODULE(_engine, module) {
-  module.doc() = "The C++ engine of vla_infer.";
-  module.def("version", &vla::version, "Version of the package the engine was built for.");
-  module.def("built_with_cuda", &vla::built_with_cuda, "Whether the CUDA executor was built in.");
+namespace py = pybind11;
+using vla::DType;
+using vla::Place;
+
+namespace {
+
+using PlaceTuple = std::tuple<int, int64_t, int, int, int64_t, int64_t, int>;
+
+Place place(const PlaceTuple& t) {
+  const auto& [store, offset, rows, cols, ld, step, dtype] = t;
+  return {store, offset, rows, cols, ld, step, static_cast<DType>(dtype)};
+}
+
+std::vector<Place> places(const std::vector<PlaceTuple>& tuples) {
+  std::vector<Place> out;
+  for (const PlaceTuple& t : tuples) out.push_back(place(t));
+  return out;
+}
+
+// float32, or uint16 holding bfloat16 bits; rows may be strided (columns of a wider matrix).
+vla::HostMatrix matrix(const py::array& a) {
+  if (a.ndim() != 2) throw std::invalid_argument("engine: expected a matrix");
+  const bool f32 = py::isinstance<py::array_t<float>>(a), bf16 = py::isinstance<py::array_t<uint16_t>>(a);
+  if (!f32 && !bf16) throw std::invalid_argument("engine: expected float32 or bfloat16 (as uint16)");
+  if (a.strides(1) != a.itemsize()) throw std::invalid_argument("engine: expected rows without gaps");
+  return {a.data(), f32 ? DType::kF32 : DType::kBF16, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1)),
+          static_cast<int64_t>(a.strides(0) / a.itemsize())};
+}
+
+// A NumPy array over memory of the program; it keeps the program alive.
+py::array over(py::object owner, const void* data, const PlaceTuple& t) {
+  const auto& [store, offset, rows, cols, ld, step, dtype] = t;
+  const DType type = static_cast<DType>(dtype);
+  const py::dtype format = type == DType::kF32   ? py::dtype::of<float>()
+                           : type == DType::kI32 ? py::dtype::of<int32_t>()
+                           : type == DType::kU8  ? py::dtype::of<uint8_t>()
+                                                 : py::dtype::of<uint16_t>();
+  const auto size = static_cast<py::ssize_t>(vla::size_of(type));
+  return py::array(format, {py::ssize_t{rows}, py::ssize_t{cols}}, {ld * size, size}, data, owner);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, m) {
+  m.doc() = "The engine behind vla_infer.engine. Private.";
+  m.def("version", &vla::version);
+  m.def("built_with_cuda", &vla::built_with_cuda);
+  m.def("cpu_instruction_set", &vla::cpu_instruction_set);
+
+  py::class_<vla::Engine>(m, "Engine")
+      .def(py::init([](const std::string& device, bool bf16, int threads) {
+             return std::make_unique<vla::Engine>(device, bf16 ? DType::kBF16 : DType::kF32, threads);
+           }),
+           py::kw_only(), py::arg("device"), py::arg("bf16"), py::arg("threads"))
+      .def_property_readonly("device_name", &vla::Engine::device_name)
+      .def_property_readonly("weight_bytes", &vla::Engine::weight_bytes)
+      .def_property_readonly("arena_bytes", &vla::Engine::arena_bytes)
+      .def("pack",
+           [](vla::Engine& e, int packing, const std::vector<py::array>& parts, int rows) {
+             std::vector<vla::HostMatrix> matrices;
+             for (const py::array& part : parts) matrices.push_back(matrix(part));
+             py::gil_scoped_release release;
+             return e.pack(static_cast<vla::Packing>(packing), matrices, rows);
+           })
+      .def("store", [](vla::Engine& e, const py::array& a,
+                       int dtype) { return e.store(matrix(a), static_cast<DType>(dtype)); })
+      .def("store_ints",
+           [](vla::Engine& e, const py::array_t<int32_t, py::array::c_style>& a) {
+             if (a.ndim() != 2) throw std::invalid_argument("engine: expected a matrix");
+             return e.store_ints(a.data(), static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1)));
+           })
+      .def("reserve", &vla::Engine::reserve);
+
+  py::class_<vla::Program>(m, "Program")
+      .def(py::init<vla::Engine&, size_t>(), py::keep_alive<1, 2>())
+      .def("add",
+           [](vla::Program& p, int phase, const std::string& kind, const std::map<std::string, PlaceTuple>& operands,
+              const std::vector<int>& weights, const std::map<std::string, double>& attrs) {
+             std::map<std::string, Place> named;
+             for (const auto& [name, t] : operands) named[name] = place(t);
+             p.add(static_cast<vla::Phase>(phase), kind, named, weights, attrs);
+           })
+      .def("finish",
+           [](vla::Program& p, int steps, const std::vector<PlaceTuple>& inputs,
+              const std::vector<PlaceTuple>& outputs) { p.finish(steps, places(inputs), places(outputs)); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("input",
+           [](py::object self, int index, const PlaceTuple& t) {
+             return over(self, self.cast<vla::Program&>().input(index), t);
+           })
+      .def("output",
+           [](py::object self, int index, const PlaceTuple& t) {
+             return over(self, self.cast<vla::Program&>().output(index), t);
+           })
+      .def("use", &vla::Program::use)
+      .def("run",
+           [](vla::Program& p, int times) {
+             for (int i = 0; i < times; ++i) p.run();
+           },
+           py::arg("times") = 1, py::call_guard<py::gil_scoped_release>());
 }

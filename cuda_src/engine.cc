@@ -1,5 +1,9 @@
 #include "engine.h"
 
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+
 namespace vla {
 
 const char* version() { return VLA_VERSION; }
@@ -11,5 +15,173 @@ bool built_with_cuda() {
   return false;
 #endif
 }
+
+const char* cpu_instruction_set() { return cpu::best_kernels().name; }
+
+struct Engine::Impl {
+  std::unique_ptr<Device> device;
+  std::vector<Weight> weights;
+  std::vector<std::byte*> stored;
+  std::byte* arena = nullptr;
+  size_t arena_size = 0, table_size = 0, stored_size = 0;
+
+  int keep(const void* values, size_t bytes) {
+    std::byte* to = device->allocate(bytes);
+    device->write(to, values, bytes);
+    stored_size += bytes;
+    stored.push_back(to);
+    return static_cast<int>(stored.size()) - 1;
+  }
+};
+
+namespace {
+
+std::unique_ptr<Device> make_device(const std::string& name, DType act, int threads) {
+  if (name == "cpu") return make_cpu_device(act, threads);
+#ifdef VLA_WITH_CUDA_DEVICE
+  if (name == "cuda") return make_cuda_device(act, 0);
+#else
+  if (name == "cuda") {
+    throw std::runtime_error("engine: device 'cuda': this build has no CUDA executor; use device 'cpu'");
+  }
+#endif
+  throw std::runtime_error("engine: device: expected 'cpu' or 'cuda', got '" + name + "'");
+}
+
+float as_float(const HostMatrix& m, int64_t row, int64_t col) {
+  if (m.dtype == DType::kF32) return static_cast<const float*>(m.data)[row * m.ld + col];
+  const uint32_t u = static_cast<uint32_t>(static_cast<const uint16_t*>(m.data)[row * m.ld + col]) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
+uint16_t rounded(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+}  // namespace
+
+Engine::Engine(const std::string& device, DType act, int threads) : impl_(std::make_unique<Impl>()) {
+  impl_->device = make_device(device, act, threads);
+}
+Engine::~Engine() = default;
+
+std::string Engine::device_name() const { return impl_->device->name(); }
+DType Engine::act() const { return impl_->device->act(); }
+
+int Engine::pack(Packing packing, const std::vector<HostMatrix>& parts, int rows) {
+  if (parts.empty()) throw std::invalid_argument("pack: expected at least one matrix");
+  for (const HostMatrix& part : parts) {
+    const bool fits = part.k == parts[0].k && part.n > 0 && part.k > 0 &&
+                      (packing == Packing::kStacked || (part.n == parts[0].n && parts.size() == 2));
+    if (!fits) throw std::invalid_argument("pack: matrices that do not go together");
+  }
+  impl_->weights.push_back(impl_->device->pack(packing, parts, rows));
+  return static_cast<int>(impl_->weights.size()) - 1;
+}
+
+int Engine::store(const HostMatrix& m, DType as) {
+  const size_t count = static_cast<size_t>(m.n) * m.k;
+  if (as == m.dtype && m.ld == m.k) return impl_->keep(m.data, count * size_of(as));
+  std::vector<std::byte> values(count * size_of(as));
+  for (int i = 0; i < m.n; ++i) {
+    for (int j = 0; j < m.k; ++j) {
+      const size_t at = static_cast<size_t>(i) * m.k + j;
+      if (as == DType::kBF16) {
+        reinterpret_cast<uint16_t*>(values.data())[at] = rounded(as_float(m, i, j));
+      } else {
+        reinterpret_cast<float*>(values.data())[at] = as_float(m, i, j);
+      }
+    }
+  }
+  return impl_->keep(values.data(), values.size());
+}
+
+int Engine::store_ints(const int32_t* values, int rows, int cols) {
+  return impl_->keep(values, sizeof(int32_t) * rows * cols);
+}
+
+void Engine::reserve(size_t arena_bytes) {
+  if (impl_->arena) throw std::logic_error("engine: the arena is reserved already");
+  impl_->arena = impl_->device->allocate(arena_bytes);
+  impl_->arena_size = arena_bytes;
+}
+
+size_t Engine::weight_bytes() const { return impl_->device->weight_bytes() + impl_->stored_size; }
+size_t Engine::arena_bytes() const {
+  return impl_->arena_size + impl_->table_size + impl_->device->scratch_bytes();
+}
+
+struct Program::Impl {
+  Engine::Impl& engine;
+  std::byte* tables = nullptr;
+  size_t table_bytes = 0;
+  std::vector<Op> at_load;
+  Script script;
+  std::unique_ptr<Plan> plan;
+
+  View view(const Place& p) const {
+    View v{nullptr, p.rows, p.cols, p.ld, p.step_bytes, p.dtype};
+    if (p.store == Place::kArena) {
+      v.base = engine.arena;
+    } else if (p.store == Place::kTables) {
+      v.base = tables;
+    } else {
+      v.base = engine.stored.at(p.store);
+    }
+    if (!v.base) throw std::logic_error("program: the arena is not reserved yet");
+    v.base += p.offset;
+    if (p.store == Place::kArena || p.store == Place::kTables) {
+      const size_t size = p.store == Place::kArena ? engine.arena_size : table_bytes;
+      const int64_t end = p.offset + ((p.rows - 1) * p.ld + p.cols) * static_cast<int64_t>(size_of(p.dtype));
+      if (p.offset < 0 || end > static_cast<int64_t>(size)) throw std::out_of_range("program: outside the arena");
+    }
+    return v;
+  }
+};
+
+Program::Program(Engine& engine, size_t table_bytes)
+    : impl_(std::make_unique<Impl>(Impl{*engine.impl_, nullptr, table_bytes, {}, {}, nullptr})) {
+  if (table_bytes) impl_->tables = engine.impl_->device->allocate(table_bytes);
+  engine.impl_->table_size += table_bytes;
+}
+Program::~Program() = default;
+
+void Program::add(Phase phase, const std::string& kind, const std::map<std::string, Place>& operands,
+                  const std::vector<int>& weights, const std::map<std::string, double>& attrs) {
+  Recorded recorded{kind, {}, {}, attrs};
+  for (const auto& [name, place] : operands) recorded.operands[name] = impl_->view(place);
+  for (int w : weights) recorded.weights.push_back(impl_->engine.weights.at(w));
+  std::vector<Op>& list = phase == Phase::kAtLoad   ? impl_->at_load
+                          : phase == Phase::kBefore ? impl_->script.before
+                          : phase == Phase::kLoop   ? impl_->script.body
+                                                    : impl_->script.after;
+  list.push_back(parse(recorded));
+}
+
+void Program::finish(int steps, const std::vector<Place>& inputs, const std::vector<Place>& outputs) {
+  if (impl_->plan) throw std::logic_error("program: finished already");
+  impl_->engine.device->run_once(impl_->at_load);
+  impl_->script.steps = steps;
+  for (const Place& p : inputs) impl_->script.inputs.push_back(impl_->view(p));
+  for (const Place& p : outputs) impl_->script.outputs.push_back(impl_->view(p));
+  impl_->plan = impl_->engine.device->plan(std::move(impl_->script));
+}
+
+namespace {
+Plan& finished(const std::unique_ptr<Plan>& plan) {
+  if (!plan) throw std::logic_error("program: not finished");
+  return *plan;
+}
+}  // namespace
+
+std::byte* Program::input(int index) { return finished(impl_->plan).input(index); }
+const std::byte* Program::output(int index) { return finished(impl_->plan).output(index); }
+void Program::use(int index, size_t bytes) { finished(impl_->plan).use(index, bytes); }
+void Program::run() { finished(impl_->plan).run(); }
 
 }  // namespace vla

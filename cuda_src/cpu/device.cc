@@ -1,0 +1,184 @@
+// The CPU as a device: memory, packing, and the plan that runs operation after operation on the pool.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+
+namespace vla {
+namespace cpu {
+
+const Kernels& best_kernels() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return avx512bf16_kernels();
+  if (avx512) return avx512_kernels();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels();
+#endif
+  return generic_kernels();
+}
+
+namespace {
+
+constexpr size_t kAlign = 256;
+
+struct Free {
+  void operator()(std::byte* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<std::byte, Free>;
+
+Memory aligned(size_t bytes) {
+  const size_t size = (bytes + kAlign - 1) / kAlign * kAlign + kAlign;  // vectors may read past a row's end
+  auto* p = static_cast<std::byte*>(std::aligned_alloc(kAlign, size));
+  if (!p) throw std::runtime_error("engine: out of memory: " + std::to_string(size) + " bytes");
+  std::memset(p, 0, size);
+  return Memory(p);
+}
+
+float bf16_to_float(uint16_t h) {
+  const uint32_t u = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+uint16_t float_to_bf16(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+float element(const HostMatrix& m, int row, int col) {
+  const int64_t at = row * m.ld + col;
+  return m.dtype == DType::kBF16 ? bf16_to_float(static_cast<const uint16_t*>(m.data)[at])
+                                 : static_cast<const float*>(m.data)[at];
+}
+
+class CpuDevice;
+
+class CpuPlan final : public Plan {
+ public:
+  CpuPlan(const CpuDevice& device, Script script) : device_(device), script_(std::move(script)) {}
+  std::byte* input(int index) override { return script_.inputs.at(index).base; }
+  const std::byte* output(int index) override { return script_.outputs.at(index).base; }
+  void use(int, size_t) override {}
+  void run() override;
+
+ private:
+  const CpuDevice& device_;
+  Script script_;
+};
+
+class CpuDevice final : public Device {
+ public:
+  CpuDevice(DType act, int threads) : act_(act), threads_(threads), kernels_(best_kernels()) {}
+
+  std::string name() const override {
+    return std::string("cpu (") + kernels_.name + ", " + std::to_string(threads_.count()) + " threads)";
+  }
+  DType act() const override { return act_; }
+
+  std::byte* allocate(size_t bytes) override {
+    memory_.push_back(aligned(bytes));
+    return memory_.back().get();
+  }
+  void write(std::byte* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void read(void* to, const std::byte* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+
+  // Panels of kPanel rows by all of k (see cpu/product.h); every part begins at a panel, the last is padded with
+  // zeros. Interleaved: panels of the two parts alternate.
+  Weight pack(Packing packing, const std::vector<HostMatrix>& parts, int) override {
+    Weight w{nullptr, act_, packing, parts.at(0).k, {}};
+    const int width = kernels_.panel, pair = act_ == DType::kBF16 ? 2 : 1;
+    const int64_t panel_size = static_cast<int64_t>((w.k + pair - 1) / pair) * pair * width;
+    int64_t total = 0;
+    for (const HostMatrix& part : parts) {
+      w.n.push_back(part.n);
+      total += (part.n + width - 1) / width;
+    }
+    const size_t bytes = static_cast<size_t>(total * panel_size) * size_of(act_);
+    std::byte* base = allocate(bytes);
+    weight_bytes_ += bytes;
+    int64_t first = 0;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const HostMatrix& part = parts[i];
+      const int count = (part.n + width - 1) / width;
+      threads_.run(count, [&](int panel, int) {
+        const int64_t slot = packing == Packing::kInterleaved ? panel * int64_t(parts.size()) + int64_t(i)
+                                                              : first + panel;
+        std::byte* out = base + slot * panel_size * size_of(act_);
+        for (int j = 0; j < width && panel * width + j < part.n; ++j) {
+          for (int p = 0; p < part.k; ++p) {
+            const int64_t at = (static_cast<int64_t>(p / pair) * width + j) * pair + p % pair;
+            const float value = element(part, panel * width + j, p);
+            if (act_ == DType::kBF16) {
+              reinterpret_cast<uint16_t*>(out)[at] = float_to_bf16(value);
+            } else {
+              reinterpret_cast<float*>(out)[at] = value;
+            }
+          }
+        }
+      });
+      first += count;
+    }
+    w.data = base;
+    return w;
+  }
+
+  size_t weight_bytes() const override { return weight_bytes_; }
+  size_t scratch_bytes() const override { return scratch_size_; }
+
+  void run_once(const std::vector<Op>& ops) override {
+    reserve(ops);
+    run(ops, 0);
+  }
+
+  std::unique_ptr<Plan> plan(Script script) override {
+    reserve(script.before);
+    reserve(script.body);
+    reserve(script.after);
+    return std::make_unique<CpuPlan>(*this, std::move(script));
+  }
+
+  void run(const std::vector<Op>& ops, int step) const {
+    const Context context{&threads_, scratch_.get(), act_};
+    for (const Op& op : ops) kernels_.run(op, context, step);
+  }
+
+ private:
+  // Plans share one scratch: it only grows while plans are made.
+  void reserve(const std::vector<Op>& ops) {
+    size_t need = 0;
+    for (const Op& op : ops) need = std::max(need, kernels_.scratch_bytes(op, threads_.count(), act_));
+    if (need > scratch_size_ || !scratch_) {
+      scratch_ = aligned(need);
+      scratch_size_ = need;
+    }
+  }
+
+  DType act_;
+  mutable Threads threads_;
+  const Kernels& kernels_;
+  std::vector<Memory> memory_;
+  Memory scratch_;
+  size_t weight_bytes_ = 0, scratch_size_ = 0;
+};
+
+void CpuPlan::run() {
+  device_.run(script_.before, 0);
+  for (int step = 0; step < script_.steps; ++step) device_.run(script_.body, step);
+  device_.run(script_.after, 0);
+}
+
+}  // namespace
+}  // namespace cpu
+
+std::unique_ptr<Device> make_cpu_device(DType act, int threads) {
+  return std::make_unique<cpu::CpuDevice>(act, threads);
+}
+
+}  // namespace vla

@@ -1,0 +1,36 @@
+// The kernels of one instruction set. The same source (kernels.inc and ops/*_cpu.h) is compiled once for each, in
+// a namespace of its own; the device picks one when it is made.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/threads.h"
+#include "device.h"
+
+namespace vla::cpu {
+
+// What a kernel may use beside its operands.
+struct Context {
+  Threads* threads = nullptr;
+  std::byte* scratch = nullptr;  // as many bytes as scratch_bytes() asked for
+  DType act = DType::kF32;       // of products' operands
+};
+
+struct Kernels {
+  const char* name;
+  int panel;  // columns of a packed panel
+  void (*run)(const Op& op, const Context& context, int step);
+  size_t (*scratch_bytes)(const Op& op, int threads, DType act);
+};
+
+const Kernels& generic_kernels();
+#ifdef __x86_64__
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512bf16_kernels();
+#endif
+
+// The best set that this processor runs.
+const Kernels& best_kernels();
+
+}  // namespace vla::cpu

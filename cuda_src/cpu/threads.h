@@ -1,0 +1,49 @@
+// A fork-join pool for one inference: the caller works too, workers are pinned, sleep when idle, allocate nothing.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace vla {
+
+class Threads {
+ public:
+  // `count` threads in all, the caller of run() being one of them; 0 takes the processors this process may use.
+  explicit Threads(int count);
+  ~Threads();
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+
+  int count() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls f(item, thread) for item in [0, items), handed out one by one; returns when all are done.
+  template <typename F>
+  void run(int items, const F& f) {
+    if (items <= 1 || workers_.empty()) {
+      for (int i = 0; i < items; ++i) f(i, 0);
+      return;
+    }
+    fork(items, [](const void* self, int item, int thread) { (*static_cast<const F*>(self))(item, thread); }, &f);
+  }
+
+ private:
+  using Call = void (*)(const void*, int, int);
+
+  void fork(int items, Call call, const void* self);
+  void work(int thread);
+  void take(int thread);
+
+  std::vector<std::thread> workers_;
+  Call call_ = nullptr;
+  const void* self_ = nullptr;
+  int items_ = 0;
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> busy_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  bool stop_ = false;
+};
+
+}  // namespace vla

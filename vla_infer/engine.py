@@ -1,0 +1,152 @@
+"""The C++ engine under a tape: weights read once and packed, one arena, one program for each prompt bucket.
+
+The tapes of one policy differ only in how many prompt tokens they take; they share weights and arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vla_infer import _engine
+from vla_infer.arena import Layout, plan
+from vla_infer.errors import EngineError
+from vla_infer.tape import Op, Tape, Tensor, Weight
+
+Array = npt.NDArray[np.generic]
+ReadWeight = Callable[[str], Array]
+Place = tuple[int, int, int, int, int, int, int]
+
+_ARENA, _TABLES = -1, -2
+_STACKED, _INTERLEAVED = 0, 1
+_PHASES = {"load": 0, "before": 1, "loop": 2, "after": 3}
+PRECISIONS = {"fp32": 4, "bf16": 2}
+
+
+class Program:
+    """One tape made ready. Not thread-safe: programs of an engine share its arena."""
+
+    def __init__(self, engine: Engine, tape: Tape, layout: Layout) -> None:
+        self._engine = engine
+        self._layout = layout
+        self._native = _engine.Program(engine._native, layout.table_bytes)
+        looped = [i for i, op in enumerate(tape.ops) if op.loop]
+        for i, op in enumerate(tape.ops):
+            after = bool(looped) and i > looped[-1]
+            phase = "load" if op.at_load else "loop" if op.loop else "after" if after else "before"
+            operands = {name: self._place(t) for name, t in op.operands.items()}
+            weights = [engine._packed(op)] if op.weights else []
+            self._native.add(_PHASES[phase], op.kind, operands, weights, dict(op.attrs))
+        inputs = [(name, self._place(t)) for name, t in tape.inputs.items()]
+        outputs = [(name, self._place(t)) for name, t in tape.outputs.items()]
+        self._native.finish(tape.steps, [p for _, p in inputs], [p for _, p in outputs])
+        # float32, int32 and uint8 views of memory that the engine owns; bfloat16 shows as uint16
+        self.inputs = {name: self._native.input(i, p) for i, (name, p) in enumerate(inputs)}
+        self.outputs = {name: self._native.output(i, p) for i, (name, p) in enumerate(outputs)}
+        self._index = {name: i for i, (name, _) in enumerate(inputs)}
+
+    def _place(self, t: Tensor) -> Place:
+        code = {"f32": 0, "act": self._engine._act_code, "i32": 2, "u8": 3}[t.dtype]
+        size = {0: 4, 1: 2, 2: 4, 3: 1}[code]
+        offset = (t.row * t.buffer.cols + t.col) * size
+        if t.buffer.id in self._layout.tables:
+            store, offset = _TABLES, offset + self._layout.tables[t.buffer.id]
+        elif t.buffer.kind in ("param", "constant"):
+            store = self._engine._stored(t)
+        else:
+            store, offset = _ARENA, offset + self._layout.arena[t.buffer.id]
+        return (store, offset, t.rows, t.cols, t.buffer.cols, t.step * t.buffer.cols * size, code)
+
+    def use(self, name: str, size: int) -> None:
+        """Only the first `size` bytes of each row of input `name` matter from now on (smaller pictures)."""
+        self._native.use(self._index[name], size)
+
+    def run(self, times: int = 1) -> None:
+        """Inputs to outputs, `times` times over, without the interpreter's lock."""
+        self._native.run(times)
+
+    def result(self, name: str) -> npt.NDArray[np.float32]:
+        """A copy of an output as float32."""
+        values = self.outputs[name]
+        if values.dtype == np.uint16:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return np.array(values, np.float32)
+
+
+class Engine:
+    """Builds programs for tapes that share weights.
+
+    `read` gives a tensor of the checkpoint by name, float32 or bfloat16 bits as uint16; it is asked once for each
+    use and the array is let go after packing. precision: "fp32" or "bf16". threads: None takes every processor.
+    Raises EngineError where the device is not to be had or cannot run an operation.
+    """
+
+    def __init__(
+        self,
+        tapes: Sequence[Tape],
+        read: ReadWeight,
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise EngineError(f"engine: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self._act_code = 1 if precision == "bf16" else 0
+        self._read = read
+        self._weights: dict[object, int] = {}
+        self._tensors: dict[object, int] = {}
+        try:
+            self._native = _engine.Engine(device=device, bf16=precision == "bf16", threads=threads or 0)
+            layouts = [plan(tape, PRECISIONS[precision]) for tape in tapes]
+            self._native.reserve(max(layout.arena_bytes for layout in layouts))
+            self.programs = [Program(self, t, layout) for t, layout in zip(tapes, layouts, strict=True)]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise EngineError(str(error)) from error
+
+    @property
+    def device_name(self) -> str:
+        return str(self._native.device_name)
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self._native.weight_bytes)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Everything beside the weights: arena, tables and scratch."""
+        return int(self._native.arena_bytes)
+
+    def _matrix(self, w: Weight) -> Array:
+        values = self._read(w.name)
+        values = values.reshape(values.shape[0], -1)
+        return values if w.cols is None else values[:, w.cols[0] : w.cols[1]]
+
+    def _packed(self, op: Op) -> int:
+        packing = _INTERLEAVED if op.kind == "gated_linear" else _STACKED
+        key = (packing, op.weights)
+        if key not in self._weights:
+            rows = op.operands["h" if op.kind == "euler" else "x"].rows
+            parts = [self._matrix(w) for w in op.weights]
+            for w, part in zip(op.weights, parts, strict=True):
+                if part.shape != (w.n, w.k):
+                    raise EngineError(f"engine: {w.name}: expected ({w.n}, {w.k}), got {part.shape}")
+            self._weights[key] = self._native.pack(packing, parts, rows)
+        return self._weights[key]
+
+    def _stored(self, t: Tensor) -> int:
+        buffer = t.buffer
+        key: object = buffer.name if buffer.kind == "param" else (buffer.name, buffer.values.tobytes())  # type: ignore[union-attr]
+        if key not in self._tensors:
+            values = self._read(buffer.name) if buffer.kind == "param" else np.asarray(buffer.values)
+            values = values.reshape(buffer.rows, buffer.cols)
+            if buffer.dtype == "i32":
+                self._tensors[key] = self._native.store_ints(values.astype(np.int32))
+            else:
+                if values.dtype != np.uint16:
+                    values = values.astype(np.float32)
+                dtype = self._act_code if buffer.dtype == "act" else 0
+                self._tensors[key] = self._native.store(np.ascontiguousarray(values), dtype)
+        return self._tensors[key]
