@@ -93,7 +93,9 @@ class Engine:
         threads: int | None = None,
     ) -> None:
         if precision not in PRECISIONS:
-            raise EngineError(f"engine: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+            raise EngineError(
+                f"engine: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
+            )
         self._act_code = 1 if precision == "bf16" else 0
         self._read = read
         self._weights: dict[object, int] = {}

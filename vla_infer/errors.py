@@ -1,4 +1,5 @@
 """Typed errors. Each message is one line: what, where, expected, got, and the mend."""
+
 from __future__ import annotations
 
 

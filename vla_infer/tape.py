@@ -300,7 +300,9 @@ class Tape:
         self._inner("linear", x, w)
         for name, t in (("bias", bias), ("gate", gate)):
             if t is not None and (t.rows, t.cols) != (1, w.n):
-                raise EngineError(f"tape: linear {w.name}: {name} is ({t.rows}, {t.cols}), expected (1, {w.n})")
+                raise EngineError(
+                    f"tape: linear {w.name}: {name} is ({t.rows}, {t.cols}), expected (1, {w.n})"
+                )
         if residual is not None and (residual.cols != w.n or x.rows % residual.rows):
             raise EngineError(f"tape: linear {w.name}: residual is ({residual.rows}, {residual.cols})")
         y = self._out(out, w.name, (x.rows, w.n))
