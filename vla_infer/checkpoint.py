@@ -164,11 +164,23 @@ def read_checkpoint(path: str | Path, *, revision: str = "main", download: bool 
         inner = root / "pretrained_model"
         hint = f"; did you mean {inner}" if (inner / "config.json").exists() else ""
         raise CheckpointError(f"{root}: no config.json, so not a LeRobot policy directory{hint}")
+    parse_config(load_json_object(root / "config.json"), str(root / "config.json"))
+    files = _open_weights(root)
+    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    return assemble_checkpoint(root, tensors, _sample(files))
+
+
+def assemble_checkpoint(root: Path, tensors: Mapping[str, TensorInfo], weights: str) -> Checkpoint:
+    """The checkpoint of a directory whose weights are known already.
+
+    Args:
+        root: the policy's directory.
+        tensors: its weights.
+        weights: text that identifies them, for the fingerprint.
+    """
     raw_config = load_json_object(root / "config.json")
     config = parse_config(raw_config, str(root / "config.json"))
     architecture = _read_architecture(root)
-    files = _open_weights(root)
-    tensors = {name: info for file in files for name, info in file.tensors.items()}
     pipelines = [_read_pipeline(root, name, tensors) for name in (PREPROCESSOR, POSTPROCESSOR)]
     states = {
         step.state_file: open_safetensors(root / step.state_file)
@@ -176,10 +188,11 @@ def read_checkpoint(path: str | Path, *, revision: str = "main", download: bool 
         for step in steps
         if step.state_file is not None
     }
-    documents: list[Any] = [raw_config, architecture, *(document for document, _ in pipelines)]
+    identity: list[Any] = [raw_config, architecture, *(document for document, _ in pipelines)]
+    identity += [weights, _sample(list(states.values()))]
     tokenizer = root / "tokenizer" / "tokenizer.json"
     if tokenizer.exists():
-        documents.append(hashlib.sha256(read_small_file(tokenizer, MAX_TOKENIZER_BYTES)).hexdigest())
+        identity.append(hashlib.sha256(read_small_file(tokenizer, MAX_TOKENIZER_BYTES)).hexdigest())
     return Checkpoint(
         path=root,
         family=config.family,
@@ -192,7 +205,7 @@ def read_checkpoint(path: str | Path, *, revision: str = "main", download: bool 
         tensors=tensors,
         preprocessor=pipelines[0][1],
         postprocessor=pipelines[1][1],
-        fingerprint=_fingerprint(documents, files, states.values()),
+        fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         _states=states,
     )
 
@@ -293,11 +306,11 @@ def _parse_step(entry: Any, where: str) -> ProcessorStep:
     )
 
 
-def _fingerprint(documents: list[Any], weights: list[SafetensorsFile], states: Any) -> str:
-    digest = hashlib.sha256(b"vla_infer checkpoint 1\n")
-    digest.update(json.dumps(documents, sort_keys=True).encode())
-    for file in (*weights, *states):
-        digest.update(f"\n{file.path.name} {file.size} {file.digest}\n".encode())
+def _sample(files: list[SafetensorsFile]) -> str:
+    """A digest of headers, sizes and the start of every tensor."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.path.name} {file.size} {file.digest}\n".encode())
         for name in sorted(file.tensors):
             digest.update(read_prefix(file.tensors[name], _FINGERPRINT_BYTES))
     return digest.hexdigest()

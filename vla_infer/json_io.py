@@ -32,11 +32,11 @@ def read_small_file(path: Path, limit: int) -> bytes:
         if status.st_size > limit:
             raise CheckpointError(f"{path}: {status.st_size} bytes, at most {limit} expected of such a file")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(status.st_size + 1)
     except (OSError, ValueError) as err:
         raise CheckpointError(f"{path}: cannot be read ({_reason(err)})") from None
-    if len(data) > limit:
-        raise CheckpointError(f"{path}: grew past {limit} bytes while it was read")
+    if len(data) != status.st_size:
+        raise CheckpointError(f"{path}: changed while it was read; load it again")
     return data
 
 

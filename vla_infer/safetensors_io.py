@@ -17,7 +17,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 def write_safetensors(
     path: str | Path,
     layout: Layout,
-    arrays: Iterable[npt.NDArray[Any]],
+    arrays: Iterable[npt.NDArray[Any] | Iterator[npt.NDArray[Any]]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file, one tensor at a time.
@@ -252,7 +252,8 @@ def write_safetensors(
     Args:
         path: the file; it appears under its name only when it is complete.
         layout: dtype and shape of every tensor, known before the first is made.
-        arrays: one array per entry of `layout`, in its order; a generator keeps memory at one tensor.
+        arrays: one per entry of `layout`, in its order: an array, or an iterator over blocks of its first axis.
+            A generator keeps memory at one tensor, blocks at less.
         metadata: strings for "__metadata__".
 
     Raises:
@@ -277,17 +278,28 @@ def write_safetensors(
             file.write(struct.pack("<Q", len(text)) + text)
             iterator = iter(arrays)
             for name, (dtype, shape) in layout.items():
-                array = next(iterator, None)
-                expected = np.dtype(NUMPY_DTYPE[dtype])
-                if array is None or array.shape != shape or array.dtype != expected:
-                    got = "nothing" if array is None else f"{array.dtype} {array.shape}"
-                    raise ValueError(f"tensor {name}: expected {expected} {shape}, got {got}")
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                value = next(iterator, None)
+                blocks = iter([value]) if isinstance(value, np.ndarray) else value or iter(())
+                rows = 0
+                for block in blocks:
+                    _check_block(name, np.dtype(NUMPY_DTYPE[dtype]), shape, rows, block)
+                    file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                    rows += block.shape[0] if shape else 1
+                if rows != (shape[0] if shape else 1):
+                    raise ValueError(f"tensor {name}: expected {dtype} {shape}, got {rows} rows of it")
             if next(iterator, None) is not None:
                 raise ValueError("more arrays than entries in the layout")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _check_block(
+    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], rows: int, block: npt.NDArray[Any]
+) -> None:
+    fits = block.dtype == dtype and len(block.shape) == len(shape) and block.shape[1:] == shape[1:]
+    if not fits or (shape and rows + block.shape[0] > shape[0]):
+        raise ValueError(f"tensor {name}: expected {dtype} {shape}, got {block.dtype} {block.shape}")
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:

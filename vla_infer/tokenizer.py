@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from vla_infer.checkpoint import Checkpoint, ProcessorStep
 from vla_infer.errors import CheckpointError, ObservationError, UnsupportedError
@@ -46,8 +47,11 @@ class PromptTokenizer:
         self._tokenizer: Tokenizer = self._guarded(lambda: Tokenizer.from_str(data.decode("utf-8")))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        path = directory / "tokenizer_config.json"
+        config = Fields(load_json_object(path) if path.exists() else {}, str(path))
+        self._cut_left = config.text("truncation_side", "right", choices=("left", "right")) == "left"
+        self._set_template(config)
         self._special = self._hide_special_tokens()
-        self._cut_left = _truncation_side(directory) == "left"
 
     def _guarded(self, call: Callable[[], _T]) -> _T:
         # The library reports a malformed file as Exception, or as a Rust panic, which is a BaseException.
@@ -58,6 +62,28 @@ class PromptTokenizer:
         except BaseException as err:
             reason = " ".join(str(err).split())[:200]
             raise CheckpointError(f"{self.path}: not a usable tokenizer ({reason})") from None
+
+    def _set_template(self, config: Fields) -> None:
+        """As transformers has it: tokenizer.json says which special tokens frame a text, unless
+        tokenizer_config.json states add_bos_token or add_eos_token."""
+        if "add_bos_token" not in config.data and "add_eos_token" not in config.data:
+            return
+        bos, eos = (self._framing_token(config, name) for name in ("bos_token", "eos_token"))
+        template = f"{bos + ':0 ' if bos else ''}$A:0{' ' + eos + ':0' if eos else ''}"
+        known = [(token, self._tokenizer.token_to_id(token)) for token in (bos, eos) if token]
+        self._tokenizer.post_processor = self._guarded(
+            lambda: TemplateProcessing(single=template, special_tokens=known)
+        )
+
+    def _framing_token(self, config: Fields, name: str) -> str:
+        """The text of bos_token or eos_token when it is to be added, else nothing."""
+        if not config.data.get(f"add_{name}", False):
+            return ""
+        value = config.data.get(name)
+        token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str) or self._tokenizer.token_to_id(token) is None:
+            raise CheckpointError(f"{config.where}: {name}: {show(value)} is not a token of {self.path.name}")
+        return token
 
     def _hide_special_tokens(self) -> frozenset[int]:
         """Make text that spells an added token "<…>" ordinary text; returns the ids that text cannot have."""
@@ -106,14 +132,6 @@ class PromptTokenizer:
         order = range(len(ids)) if self._cut_left else range(len(ids) - 1, -1, -1)
         dropped = set([i for i in order if not template[i]][:excess])
         return [token for i, token in enumerate(ids) if i not in dropped]
-
-
-def _truncation_side(directory: Path) -> str:
-    path = directory / "tokenizer_config.json"
-    if not path.exists():
-        return "right"
-    fields = Fields(load_json_object(path), str(path))
-    return fields.text("truncation_side", "right", choices=("left", "right"))
 
 
 def find_tokenizer(ckpt: Checkpoint, step: ProcessorStep) -> Path:
