@@ -1,2 +1,3 @@
 """The command line, `vla-infer`."""
+
 from __future__ import annotations

@@ -23,6 +23,8 @@ from rosbags.interfaces import ConnectionExtRosbag2, Qos
 from rosbags.rosbag2 import Reader
 from rosbags.rosbag2.errors import ReaderError
 
+from vla_infer.heap import keep_heap
+
 # A stamped message starts with its header's stamp, behind the four bytes that name the encoding (CDR).
 _STAMP = struct.Struct("<iI")
 _STAMP_OFFSET = 4
@@ -97,6 +99,7 @@ def play(bag: Bag, *, speed: float, stop: threading.Event) -> int:
     """Publish the bag again and again until `stop` is set. Returns the count of messages sent."""
     import rclpy
 
+    keep_heap()
     context = rclpy.Context()
     rclpy.init(context=context, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
     node = rclpy.create_node("bag_player", context=context)
