@@ -32,5 +32,4 @@ def faults(mode: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc's malloc")
 def test_kept_heap_faults_no_page_in_twice() -> None:
-    assert faults("keep") < 100
-    assert faults("default") > 10_000  # or the remedy is no longer needed
+    assert 10 * faults("keep") < faults("default")
