@@ -24,7 +24,12 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline Vec splat(float x) { return Vec{} + x; }
+// Through integers: adding 0.0f would cost an instruction, since it turns -0 into +0.
+inline Vec splat(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return (Vec)(Bits{} + u);
+}
 inline Bits bits(Vec v) { return (Bits)v; }
 
 inline float from_bf16(uint16_t h) {
