@@ -1,0 +1,9 @@
+"""The model families: one module each, with `sizes`, `record` and `index_inputs`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from vla_infer.models import smolvla
+
+FAMILIES: dict[str, ModuleType] = {"smolvla": smolvla}

@@ -17,7 +17,8 @@ UNSEEN = 2**30
 
 @dataclass(frozen=True)
 class Vision:
-    """A SigLIP encoder: `image` is the (height, width) it sees, `grid` the patches of one picture."""
+    """A SigLIP encoder: `image` is the (height, width) it sees, `grid` the patches of one picture. A picture of
+    another shape is resized without distortion and padded: on both sides if `centred`, else top and left."""
 
     hidden: int
     layers: int
@@ -25,7 +26,8 @@ class Vision:
     mlp: int
     patch: int
     image: tuple[int, int]
-    eps: float = 1e-6
+    eps: float
+    centred: bool
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -34,6 +36,15 @@ class Vision:
     @property
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    def geometry(self, height: int, width: int, stride: int) -> tuple[int, int, int, int, int, int, int, int]:
+        """A row of `Tape.image_patches`' geometry for a picture (height, width, 3) of `stride` bytes a row."""
+        ratio = max(width / self.image[1], height / self.image[0])
+        rows, cols = max(1, int(height / ratio)), max(1, int(width / ratio))
+        top, left = self.image[0] - rows, self.image[1] - cols
+        if self.centred:
+            top, left = top // 2, left // 2
+        return height, width, stride, rows, cols, top, left, 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,9 @@ def projections(name: str, d: Decoder, names: str = "qkv") -> dict[str, Weight]:
 NormOf = Callable[[str], tuple[Norm, Tensor | None]]
 
 
-def after_attention(t: Tape, x: Tensor, a: Tensor, name: str, d: Decoder, norm_of: NormOf | None = None) -> Tensor:
+def after_attention(
+    t: Tape, x: Tensor, a: Tensor, name: str, d: Decoder, norm_of: NormOf | None = None
+) -> Tensor:
     """x + gate * o_proj(a), then x + gate * mlp(norm(x)). `norm_of(module)` gives (norm, gate) where they adapt."""
     _, gate = norm_of(f"{name}.input_layernorm") if norm_of else (None, None)
     o = weight(f"{name}.self_attn.o_proj", d.width, d.heads * d.head_dim)

@@ -65,6 +65,7 @@ def sizes(ckpt: Checkpoint, *, steps: int | None = None) -> Sizes:
         patch=patch,
         image=image,
         eps=vision.get("layer_norm_eps", 1e-6),
+        centred=False,
     )
     if v.patches != positions or v.grid[0] != v.grid[1]:
         raise CheckpointError(
@@ -211,4 +212,3 @@ def index_inputs(
         "positions": positions.astype(np.int32)[:, None],
         "blocks": np.where(valid, blocks, L.UNSEEN).astype(np.int32)[:, None],
     }
-
