@@ -1,0 +1,292 @@
+// Attention of few queries (m <= 64) over some hundreds of keys, the keys shared out over a cluster.
+//
+// out (batch * m, heads * d) = softmax(q k^T / sqrt(d) + mask) v. The query heads that share a key head are stacked:
+// row r = g * m + i is query i of the group's head g. A cluster takes kRows of those rows; each of its blocks takes a
+// range of keys, in chunks that fit shared memory, with a running maximum (Milakov and Gimelshein 2018). The blocks
+// then send their sums (rows, d), maxima and denominators to the block that finishes the row, which adds them in
+// rank order. q k^T and p v are on the matrix unit, p as bfloat16.
+#include "../common.cuh"
+
+namespace vla::cuda {
+
+namespace small {
+
+namespace {
+
+constexpr int kAttentionWarps = 8;
+constexpr int kAttentionThreads = 32 * kAttentionWarps;
+constexpr int kMaxSplit = 8;
+
+struct AttentionArgs {
+  const bf16 *q = nullptr, *k = nullptr, *v = nullptr;
+  const int *q_block = nullptr, *k_block = nullptr;
+  bf16* out = nullptr;
+  int64_t ld_q = 0, ld_k = 0, ld_v = 0, ld_out = 0, ld_q_block = 0, ld_k_block = 0;
+  int m = 0, n = 0, group = 1;  // queries, keys of a batch element; query heads a key head
+  int split = 1, keys = 0, chunk = 0;  // blocks of the cluster; keys of a block; keys at a time (multiple of 16)
+  float scale = 1.0f;
+};
+
+template <int D, int kRows>
+struct AttentionShape {
+  static constexpr int kDepth = round_up(D, 16);  // d in shared memory, zero-filled
+  static constexpr int kStride = kDepth + 8;      // bf16: odd number of 16-byte units
+  int k, v, scores, probabilities, state, received, bytes;
+  int own;  // rows a block finishes
+
+  __host__ __device__ AttentionShape(int chunk, int split) {
+    own = ceil_div(kRows, split);
+    k = kRows * kStride * 2;
+    v = k + chunk * kStride * 2;
+    scores = v + chunk * kStride * 2;
+    probabilities = scores + kRows * (chunk + 4) * 4;
+    const int mainloop = round_up(probabilities + kRows * (chunk + 8) * 2, 128);
+    received = 0;  // over q, k and v, when all blocks are done with them: [split][own][D]
+    const int reduction = split * own * D * 4;
+    state = round_up(mainloop > reduction ? mainloop : reduction, 128);
+    // maximum, denominator, rescaling of each row; then received maxima and denominators [split][own] each
+    bytes = state + (3 * kRows + 2 * split * own) * 4;
+  }
+};
+
+// Rows [0, rows) of `from` (D columns) to shared memory, zeros up to `padded` rows and to kDepth columns.
+template <int D>
+__device__ __forceinline__ void stage(std::byte* to, const bf16* from, int64_t ld, int rows, int padded) {
+  constexpr int kChunks = round_up(D, 16) / 8, kStride = (round_up(D, 16) + 8) * 2;
+  for (int i = threadIdx.x; i < padded * kChunks; i += kAttentionThreads) {
+    const int row = i / kChunks, c = i % kChunks;
+    const bool in = row < rows && c * 8 < D;
+    cp_async16_or_zero(smem_address(to + row * kStride + c * 16), in ? from + row * ld + c * 8 : from, in ? 16 : 0);
+  }
+}
+
+template <int D, int kRows>
+__global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_constant__ AttentionArgs a) {
+  extern __shared__ __align__(128) std::byte smem[];
+  using Shape = AttentionShape<D, kRows>;
+  constexpr int kStride = Shape::kStride, kDepth = Shape::kDepth;
+  constexpr int kRowTiles = kRows / 16, kGroups = kAttentionWarps / kRowTiles;
+  constexpr int kTiles = ceil_div(D / 8, kGroups);  // of 8 columns of the output, a warp
+  const Shape s(a.chunk, a.split);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = static_cast<int>(blockIdx.x) % a.split, tile = static_cast<int>(blockIdx.x) / a.split;
+  const int kv_head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
+  const int rows = a.m * a.group, row0 = tile * kRows;
+  const int key0 = rank * a.keys, key_end = min(a.n, key0 + a.keys);
+  const bf16* k = a.k + static_cast<int64_t>(batch) * a.n * a.ld_k + kv_head * D;
+  const bf16* v = a.v + static_cast<int64_t>(batch) * a.n * a.ld_v + kv_head * D;
+  float* scores = reinterpret_cast<float*>(smem + s.scores);
+  bf16* probabilities = reinterpret_cast<bf16*>(smem + s.probabilities);
+  float* top = reinterpret_cast<float*>(smem + s.state);
+  float *denominator = top + kRows, *rescale = denominator + kRows;
+  float *received_top = rescale + kRows, *received_denominator = received_top + a.split * s.own;
+  const int score_pitch = a.chunk + 4, p_pitch = a.chunk + 8;
+
+  pdl_trigger();
+  pdl_wait();
+  for (int i = threadIdx.x; i < kRows * (kDepth / 8); i += kAttentionThreads) {
+    const int row = i / (kDepth / 8), c = i % (kDepth / 8), r = row0 + row;
+    const bool in = r < rows && c * 8 < D;
+    const bf16* from = a.q;
+    if (in) {
+      from += (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_q + (kv_head * a.group + r / a.m) * D + c * 8;
+    }
+    cp_async16_or_zero(smem_address(smem + row * kStride * 2 + c * 16), from, in ? 16 : 0);
+  }
+  if (threadIdx.x < kRows) {
+    top[threadIdx.x] = -INFINITY;
+    denominator[threadIdx.x] = 0.0f;
+  }
+  float acc[kTiles][4] = {};
+  const int row_tile = warp % kRowTiles, part = warp / kRowTiles;
+
+  for (int start = key0; start < key_end; start += a.chunk) {
+    const int count = min(a.chunk, key_end - start), padded = round_up(count, 16);
+    stage<D>(smem + s.k, k + start * a.ld_k, a.ld_k, count, padded);
+    cp_async_commit();
+    stage<D>(smem + s.v, v + start * a.ld_v, a.ld_v, count, padded);
+    cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads();
+
+    // scores: 16 rows by 8 keys at a time
+    for (int t = part; t < padded / 8; t += kGroups) {
+      float c[4] = {};
+      const uint32_t q_at = smem_address(smem) + ((row_tile * 16 + lane % 16) * kStride + lane / 16 * 8) * 2;
+      const uint32_t k_at = smem_address(smem + s.k) + ((t * 8 + lane % 8) * kStride + lane / 8 * 8) * 2;
+#pragma unroll
+      for (int d = 0; d < kDepth; d += 32) {
+        uint32_t qf[4], kf[4];
+        if (d + 32 <= kDepth) {
+          ldmatrix_x4(kf, k_at + d * 2);
+          ldmatrix_x4(qf, q_at + d * 2);
+          mma_16816(c, qf, kf[0], kf[1]);
+          ldmatrix_x4(qf, q_at + d * 2 + 32);
+          mma_16816(c, qf, kf[2], kf[3]);
+        } else {
+          uint32_t half[2];
+          ldmatrix_x2(half, smem_address(smem + s.k) + ((t * 8 + lane % 8) * kStride + lane / 8 % 2 * 8 + d) * 2);
+          ldmatrix_x4(qf, q_at + d * 2);
+          mma_16816(c, qf, half[0], half[1]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = row_tile * 16 + lane / 4 + j / 2 * 8, key = t * 8 + lane % 4 * 2 + j % 2;
+        bool seen = key < count && row0 + row < rows;
+        if (seen && a.q_block != nullptr) {
+          seen = a.k_block[(start + key) * a.ld_k_block] <= a.q_block[(row0 + row) % a.m * a.ld_q_block];
+        }
+        scores[row * score_pitch + key] = seen ? c[j] * a.scale : -INFINITY;
+      }
+    }
+    __syncthreads();
+
+    // softmax of this chunk: a warp a row
+    for (int row = warp; row < kRows; row += kAttentionWarps) {
+      float largest = top[row];
+      const float before = largest;
+      for (int j = lane; j < padded; j += 32) largest = fmaxf(largest, scores[row * score_pitch + j]);
+      largest = warp_max(largest);
+      const float base = largest == -INFINITY ? 0.0f : largest;
+      float sum = 0.0f;
+      for (int j = lane; j < padded; j += 32) {
+        const float p = __expf(scores[row * score_pitch + j] - base);
+        probabilities[row * p_pitch + j] = __float2bfloat16(p);
+        sum += p;
+      }
+      sum = warp_sum(sum);
+      __syncwarp();
+      if (lane == 0) {
+        const float factor = __expf(before - base);
+        rescale[row] = factor;
+        denominator[row] = denominator[row] * factor + sum;
+        top[row] = largest;
+      }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+
+    // acc = acc * rescale + p v
+    const float low = rescale[row_tile * 16 + lane / 4], high = rescale[row_tile * 16 + lane / 4 + 8];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) acc[j][0] *= low, acc[j][1] *= low, acc[j][2] *= high, acc[j][3] *= high;
+    for (int key = 0; key < padded; key += 16) {
+      uint32_t p[4];
+      ldmatrix_x4(p, smem_address(probabilities + (row_tile * 16 + lane % 16) * p_pitch + key + lane / 16 * 8));
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int column = (part * kTiles + j) * 8;
+        if (column < D) {
+          uint32_t vf[2];
+          ldmatrix_x2_t(vf, smem_address(smem + s.v) + ((key + lane % 16) * kStride + column) * 2);
+          mma_16816(acc[j], p, vf[0], vf[1]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // Hand over: the block that finishes row r has rank r / own.
+  cp_async_wait<0>();
+  if (a.split > 1) cluster_arrive();
+  __syncthreads();
+  if (a.split > 1) cluster_wait();
+  const uint32_t received = smem_address(smem + s.received);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const int column = (part * kTiles + j) * 8 + lane % 4 * 2;
+    if (column < D) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_tile * 16 + lane / 4 + 8 * h;
+        const uint32_t at = received + ((rank * s.own + row % s.own) * D + column) * 4;
+        cluster_store2(cluster_address(at, row / s.own), acc[j][2 * h], acc[j][2 * h + 1]);
+      }
+    }
+  }
+  if (threadIdx.x < kRows) {
+    const int row = threadIdx.x, at = rank * s.own + row % s.own;
+    cluster_store(cluster_address(smem_address(received_top + at), row / s.own), top[row]);
+    cluster_store(cluster_address(smem_address(received_denominator + at), row / s.own), denominator[row]);
+  }
+  if (a.split > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  const float* sums = reinterpret_cast<const float*>(smem + s.received);
+  const int mine = min(s.own, kRows - rank * s.own);
+  for (int i = threadIdx.x; i < mine * (D / 2); i += kAttentionThreads) {
+    const int local = i / (D / 2), c = i % (D / 2) * 2, r = row0 + rank * s.own + local;
+    if (r >= rows) continue;
+    float largest = -INFINITY, total = 0.0f, x = 0.0f, y = 0.0f;
+    for (int b = 0; b < a.split; ++b) largest = fmaxf(largest, received_top[b * s.own + local]);
+    for (int b = 0; b < a.split; ++b) {
+      const float t = received_top[b * s.own + local];
+      const float factor = t == -INFINITY ? 0.0f : __expf(t - largest);
+      total += factor * received_denominator[b * s.own + local];
+      const float2 v2 = *reinterpret_cast<const float2*>(sums + (b * s.own + local) * D + c);
+      x += factor * v2.x, y += factor * v2.y;
+    }
+    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+    bf16* out = a.out + (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_out + (kv_head * a.group + r / a.m) * D + c;
+    *reinterpret_cast<uint32_t*>(out) = pack2(x * inverse, y * inverse);
+  }
+}
+
+template <int D, int kRows>
+cudaError_t run_attention(AttentionArgs a, int kv_heads, int batch, const Launch& at) {
+  const int tiles = ceil_div(a.m * a.group, kRows);
+  const int largest = at.arch >= 90 ? 227 * 1024 : at.arch == 80 ? 163 * 1024 : 99 * 1024;
+  const int room = ceil_div(at.sms, tiles * kv_heads * batch);
+  int split = at.arch >= 90 ? room : 1;
+  if (split > kMaxSplit) split = kMaxSplit;
+  if (split > ceil_div(a.n, 32)) split = ceil_div(a.n, 32);
+  a.keys = round_up(ceil_div(a.n, split), 8);
+  a.split = ceil_div(a.n, a.keys);
+  a.chunk = round_up(a.keys, 16);
+  const int ceiling = at.arch >= 90 ? 128 : 64;
+  if (a.chunk > ceiling) a.chunk = ceiling;
+  while (a.chunk > 16 && AttentionShape<D, kRows>(a.chunk, a.split).bytes > largest) a.chunk -= 16;
+  const AttentionShape<D, kRows> shape(a.chunk, a.split);
+  const dim3 grid(static_cast<unsigned>(tiles * a.split), static_cast<unsigned>(kv_heads),
+                  static_cast<unsigned>(batch));
+  return launch_kernel(attention<D, kRows>, grid, kAttentionThreads, shape.bytes, at, a.split, a);
+}
+
+}  // namespace
+}  // namespace small
+
+cudaError_t launch_small(const Attention& op, const Launch& at) {
+  small::AttentionArgs a;
+  a.q = op.q.at<const bf16>(at.step), a.k = op.k.at<const bf16>(at.step), a.v = op.v.at<const bf16>(at.step);
+  a.ld_q = op.q.ld, a.ld_k = op.k.ld, a.ld_v = op.v.ld;
+  if (op.q_block) {
+    a.q_block = op.q_block.at<const int>(at.step), a.k_block = op.k_block.at<const int>(at.step);
+    a.ld_q_block = op.q_block.ld, a.ld_k_block = op.k_block.ld;
+  }
+  a.out = op.out.at<bf16>(at.step), a.ld_out = op.out.ld;
+  a.m = op.q.rows / op.batch, a.n = op.k.rows / op.batch;
+  const int kv_heads = op.k.cols / op.head_dim;
+  a.group = op.q.cols / op.k.cols;
+  a.scale = 1.0f / sqrtf(static_cast<float>(op.head_dim));
+  const bool few = a.m * a.group <= 16 || a.m * a.group * kv_heads * op.batch < 128;
+  switch (op.head_dim) {
+    case 64:
+      return few ? small::run_attention<64, 16>(a, kv_heads, op.batch, at)
+                 : small::run_attention<64, 32>(a, kv_heads, op.batch, at);
+    case 72:
+      return small::run_attention<72, 16>(a, kv_heads, op.batch, at);
+    case 128:
+      return small::run_attention<128, 32>(a, kv_heads, op.batch, at);
+    case 256:
+      return few ? small::run_attention<256, 16>(a, kv_heads, op.batch, at)
+                 : small::run_attention<256, 32>(a, kv_heads, op.batch, at);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace vla::cuda
