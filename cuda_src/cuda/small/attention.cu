@@ -1,10 +1,10 @@
 // Attention of few queries (m <= 64) over some hundreds of keys, the keys shared out over a cluster.
 //
-// out (batch * m, heads * d) = softmax(q k^T / sqrt(d) + mask) v. The query heads that share a key head are stacked:
-// row r = g * m + i is query i of the group's head g. A cluster takes kRows of those rows; each of its blocks takes a
-// range of keys, in chunks that fit shared memory, with a running maximum (Milakov and Gimelshein 2018). The blocks
-// then send their sums (rows, d), maxima and denominators to the block that finishes the row, which adds them in
-// rank order. q k^T and p v are on the matrix unit, p as bfloat16.
+// out (batch * m, heads * d) = softmax(q k^T / sqrt(d) + mask) v. The query heads that share a key head are
+// stacked: row r = g * m + i is query i of the group's head g. A cluster takes kRows of those rows; each of
+// its blocks takes a range of keys, in chunks that fit shared memory, with a running maximum (Milakov and
+// Gimelshein 2018). The blocks then send their sums (rows, d), maxima and denominators to the block that
+// finishes the row, which adds them in rank order. q k^T and p v are on the matrix unit, p as bfloat16.
 #include "../common.cuh"
 
 namespace vla::cuda {
@@ -23,7 +23,8 @@ struct AttentionArgs {
   bf16* out = nullptr;
   int64_t ld_q = 0, ld_k = 0, ld_v = 0, ld_out = 0, ld_q_block = 0, ld_k_block = 0;
   int m = 0, n = 0, group = 1;  // queries, keys of a batch element; query heads a key head
-  int split = 1, keys = 0, chunk = 0;  // blocks of the cluster; keys of a block; keys at a time (multiple of 16)
+  int split = 1, keys = 0,
+      chunk = 0;  // blocks of the cluster; keys of a block; keys at a time (multiple of 16)
   float scale = 1.0f;
 };
 
@@ -56,7 +57,8 @@ __device__ __forceinline__ void stage(std::byte* to, const bf16* from, int64_t l
   for (int i = threadIdx.x; i < padded * kChunks; i += kAttentionThreads) {
     const int row = i / kChunks, c = i % kChunks;
     const bool in = row < rows && c * 8 < D;
-    cp_async16_or_zero(smem_address(to + row * kStride + c * 16), in ? from + row * ld + c * 8 : from, in ? 16 : 0);
+    cp_async16_or_zero(smem_address(to + row * kStride + c * 16), in ? from + row * ld + c * 8 : from,
+                       in ? 16 : 0);
   }
 }
 
@@ -89,7 +91,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
     const bool in = r < rows && c * 8 < D;
     const bf16* from = a.q;
     if (in) {
-      from += (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_q + (kv_head * a.group + r / a.m) * D + c * 8;
+      from +=
+          (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_q + (kv_head * a.group + r / a.m) * D + c * 8;
     }
     cp_async16_or_zero(smem_address(smem + row * kStride * 2 + c * 16), from, in ? 16 : 0);
   }
@@ -125,7 +128,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
           mma_16816(c, qf, kf[2], kf[3]);
         } else {
           uint32_t half[2];
-          ldmatrix_x2(half, smem_address(smem + s.k) + ((t * 8 + lane % 8) * kStride + lane / 8 % 2 * 8 + d) * 2);
+          ldmatrix_x2(half,
+                      smem_address(smem + s.k) + ((t * 8 + lane % 8) * kStride + lane / 8 % 2 * 8 + d) * 2);
           ldmatrix_x4(qf, q_at + d * 2);
           mma_16816(c, qf, half[0], half[1]);
         }
@@ -173,7 +177,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
     for (int j = 0; j < kTiles; ++j) acc[j][0] *= low, acc[j][1] *= low, acc[j][2] *= high, acc[j][3] *= high;
     for (int key = 0; key < padded; key += 16) {
       uint32_t p[4];
-      ldmatrix_x4(p, smem_address(probabilities + (row_tile * 16 + lane % 16) * p_pitch + key + lane / 16 * 8));
+      ldmatrix_x4(p,
+                  smem_address(probabilities + (row_tile * 16 + lane % 16) * p_pitch + key + lane / 16 * 8));
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const int column = (part * kTiles + j) * 8;
@@ -231,7 +236,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
       x += factor * v2.x, y += factor * v2.y;
     }
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-    bf16* out = a.out + (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_out + (kv_head * a.group + r / a.m) * D + c;
+    bf16* out = a.out + (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_out +
+                (kv_head * a.group + r / a.m) * D + c;
     *reinterpret_cast<uint32_t*>(out) = pack2(x * inverse, y * inverse);
   }
 }

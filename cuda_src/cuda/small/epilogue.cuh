@@ -12,11 +12,11 @@ __device__ __forceinline__ int block_of(const Args& a, int column, int along_n) 
   return pair / a.half * 2 * a.half + pair % a.half + (along_n & 1) * a.half;
 }
 
-// Adds up the warps that share columns and sends each row's sums to the block of the cluster that finishes it.
-// The norm's bias (row m, if any) goes to all of them.
+// Adds up the warps that share columns and sends each row's sums to the block of the cluster that finishes
+// it. The norm's bias (row m, if any) goes to all of them.
 template <int MT>
-__device__ __forceinline__ void send(const Args& a, const Shape& s, std::byte* smem, const float (&squares)[MT],
-                                     int rank, int warp, int lane) {
+__device__ __forceinline__ void send(const Args& a, const Shape& s, std::byte* smem,
+                                     const float (&squares)[MT], int rank, int warp, int lane) {
   const int wk = kWarps / a.wn, columns = 32 * a.wn;
   const float* partial = reinterpret_cast<const float*>(smem + s.partial);
   const uint32_t received = smem_address(smem + s.received);
@@ -91,15 +91,17 @@ __device__ __forceinline__ float linear_value(const Args& a, const Part& p, int 
 __device__ __forceinline__ void euler_value(const Args& a, const Part& p, int row, int n, float y) {
   const float v = y + (p.bias != nullptr ? p.bias[n] : 0.0f);
   float* x = a.sample + row * a.ld_sample + n;
-  const float error = (a.previous[row * a.ld_previous + n] - (*x - *a.time * v)) * a.weight[row * a.ld_weight];
+  const float error =
+      (a.previous[row * a.ld_previous + n] - (*x - *a.time * v)) * a.weight[row * a.ld_weight];
   *x += a.dt * (v - *a.gain * error);
 }
 
 // Finishes the rows of this block: rank * own ... Two columns a thread.
 __device__ __forceinline__ void finish(const Args& a, const Shape& s, std::byte* smem, int rank, int column) {
   const float* squares = reinterpret_cast<const float*>(smem + s.squares);
-  const Sums sums{reinterpret_cast<const float*>(smem + s.received), a.split, (s.own + 1) * 32 * a.wn, 32 * a.wn,
-                  s.own, a.norm == NormKind::kRms && a.norm_bias != nullptr};
+  const Sums sums{
+      reinterpret_cast<const float*>(smem + s.received), a.split, (s.own + 1) * 32 * a.wn, 32 * a.wn, s.own,
+      a.norm == NormKind::kRms && a.norm_bias != nullptr};
   const int rows = min(s.own, a.m - rank * s.own);
   // pairs of columns of a warp's block, and blocks, that one row has work for
   const int pairs = a.mode == Mode::kGated ? 8 : 16, blocks = a.half > 0 ? a.wn / 2 : a.wn;
@@ -132,7 +134,8 @@ __device__ __forceinline__ void finish(const Args& a, const Shape& s, std::byte*
       euler_value(a, p, row, n, y.x);
       if (second) euler_value(a, p, row, n + 1, y.y);
     } else if (a.mode == Mode::kLinear) {
-      const float2 v = make_float2(linear_value(a, p, row, n, y.x), second ? linear_value(a, p, row, n + 1, y.y) : 0.0f);
+      const float2 v =
+          make_float2(linear_value(a, p, row, n, y.x), second ? linear_value(a, p, row, n + 1, y.y) : 0.0f);
       put(p.out, row * p.ld + n, v, second, a.out_f32);
     } else {
       float2 h1 = y;

@@ -1,17 +1,17 @@
-// The operations that are small products: what each asks of the kernel in product.cu, and how the work is split.
+// The operations that are small products: what each asks of the kernel in product.cu, and how the work is
+// split.
 #include "product.cuh"
 
 namespace vla::cuda {
 
 namespace small {
 
-cudaError_t run_product(const Args& a, int mt, const Launch& at);  // product.cu
-
 namespace {
 
-// Time of a split in cycles of a multiprocessor, roughly: what is read and multiplied by one thread block, the
-// reductions, and rounds of blocks. Constants are an H200's; what matters is their proportion.
-float cost(const Args& a, int mt, int wn, int split, int tiles, const Launch& at) {
+// Time of a split in cycles of a multiprocessor, roughly: what is read and multiplied by one thread block,
+// the reductions, and rounds of blocks. Constants are an H200's; what matters is their proportion.
+float cost(const Args& a, const Launch& at) {
+  const int mt = row_tiles(a), wn = a.wn, split = a.split, tiles = a.tiles;
   const Shape s = shape_of(mt, a.m, wn, split, tiles);
   const int blocks = ceil_div(a.blocks, wn) * split;
   const int per_sm = s.bytes <= 112 * 1024 && mt <= 7 ? 2 : 1;
@@ -26,21 +26,6 @@ float cost(const Args& a, int mt, int wn, int split, int tiles, const Launch& at
   const float finish = static_cast<float>(s.own * wn * 32) / 40.0f * static_cast<float>(split + 6) / 4.0f;
   const float work = weights > products ? weights : products;
   return (rounds > shared ? rounds : shared) * (x + work) + partial + exchange + finish;
-}
-
-void choose_split(Args& a, int mt, const Launch& at) {
-  float best = 1e30f;
-  const int clusters = at.arch >= 90 ? kMaxCluster : 1;
-  const int largest = at.arch >= 90 ? 227 * 1024 : at.arch == 80 ? 163 * 1024 : 99 * 1024;
-  for (int wn = a.half > 0 ? 2 : 1; wn <= kWarps; wn *= 2) {
-    for (int split = 1; split <= clusters; ++split) {
-      const int tiles = ceil_div(a.k_tiles, split);
-      if (ceil_div(a.k_tiles, tiles) != split || shape_of(mt, a.m, wn, split, tiles).bytes > largest) continue;
-      const float c = cost(a, mt, wn, split, tiles, at);
-      if (c < best) best = c, a.wn = wn, a.split = split, a.tiles = tiles;
-    }
-  }
-  if (best == 1e30f) a.tiles = 0;
 }
 
 bool aligned(const void* p, int64_t bytes) {
@@ -70,24 +55,106 @@ Args common(const View& x, const Norm& norm, const Weight& w, int step, int row0
   return a;
 }
 
-cudaError_t run(Args& a, const Launch& at) {
-  const int rows = a.m + (a.norm == NormKind::kRms && a.norm_bias != nullptr ? 1 : 0);
-  const int mt = rows <= 16 ? 2 : rows <= 32 ? 4 : rows <= 56 ? 7 : 9;
-  choose_split(a, mt, at);
-  return a.tiles > 0 ? run_product(a, mt, at) : cudaErrorInvalidConfiguration;
-}
-
 void* row_at(const View& v, int step, int row) {
   return v.at<std::byte>(step) + row * v.ld * static_cast<int64_t>(size_of(v.dtype));
 }
 
-// Calls f(row0, rows, first) for pieces of at most kSmallRows rows: only the first may overlap the kernel before.
-template <typename F>
-cudaError_t by_rows(int m, const Launch& at, F f) {
-  for (int row0 = 0; row0 < m; row0 += kSmallRows) {
-    if (const cudaError_t error = f(row0, m - row0 < kSmallRows ? m - row0 : kSmallRows, at); error != cudaSuccess) {
-      return error;
+}  // namespace
+
+int row_tiles(const Args& a) {
+  const int rows = a.m + (a.norm == NormKind::kRms && a.norm_bias != nullptr ? 1 : 0);
+  return rows <= 16 ? 2 : rows <= 32 ? 4 : rows <= 56 ? 7 : 9;
+}
+
+bool set_split(Args& a, int wn, int split, const Launch& at) {
+  a.wn = wn, a.split = split, a.tiles = ceil_div(a.k_tiles, split);
+  if (a.half > 0 && wn < 2) return false;
+  if (ceil_div(a.k_tiles, a.tiles) != split || (split > 1 && at.arch < 90)) return false;
+  const int largest = at.arch == 90 || at.arch == 100 ? 227 * 1024 : at.arch == 80 ? 163 * 1024 : 99 * 1024;
+  return shape_of(row_tiles(a), a.m, wn, split, a.tiles).bytes <= largest;
+}
+
+bool choose_split(Args& a, const Launch& at) {
+  float best = INFINITY;
+  int best_wn = 0, best_split = 0;
+  for (int wn = 1; wn <= kWarps; wn *= 2) {
+    for (int split = 1; split <= kMaxCluster; ++split) {
+      if (!set_split(a, wn, split, at)) continue;
+      if (const float c = cost(a, at); c < best) best = c, best_wn = wn, best_split = split;
     }
+  }
+  return best_wn > 0 && set_split(a, best_wn, best_split, at);
+}
+
+Args arguments(const Linear& op, int step, int row0, int rows) {
+  Args a = common(op.x, op.norm, op.w, step, row0, rows);
+  a.mode = Mode::kLinear;
+  a.part[0] = {row_at(op.out, step, row0), row_of(op.bias, step), op.out.ld, 0, op.out.cols};
+  a.out_f32 = op.out.dtype == DType::kF32;
+  if (op.residual) {
+    a.residual = op.residual.at<std::byte>(step);
+    a.ld_residual = op.residual.ld, a.residual_rows = op.residual.rows;
+    a.residual_f32 = op.residual.dtype == DType::kF32;
+  }
+  a.gate = row_of(op.gate, step);
+  a.act = op.act, a.scale = op.scale;
+  return a;
+}
+
+Args arguments(const GatedLinear& op, int step, int row0, int rows) {
+  Args a = common(op.x, op.norm, op.w, step, row0, rows);
+  a.mode = Mode::kGated;
+  a.part[0] = {row_at(op.out, step, row0), nullptr, op.out.ld, 0, op.out.cols};
+  a.out_f32 = op.out.dtype == DType::kF32;
+  a.act = op.act;
+  return a;
+}
+
+Args arguments(const Qkv& op, int step, int row0, int rows) {
+  Args a = common(op.x, op.norm, op.w, step, row0, rows);
+  a.mode = Mode::kQkv;
+  a.parts = 0;
+  const View* views[3] = {&op.q, &op.k, &op.v};
+  const View* biases[3] = {&op.q_bias, &op.k_bias, &op.v_bias};
+  int block = 0;
+  for (int i = 0; i < 3; ++i) {
+    const View& v = *views[i];
+    if (!v) continue;
+    a.part[a.parts++] = {row_at(v, step, row0), row_of(*biases[i], step), v.ld, block, v.cols};
+    block += ceil_div(v.cols, kBlockRows);
+    a.out_f32 = v.dtype == DType::kF32;
+    if (op.rope && i < 2) a.rotate = a.parts;
+  }
+  if (a.rotate > 0) {
+    a.half = op.head_dim / 64;
+    a.rope = op.rope.at<const float>(step), a.ld_rope = op.rope.ld;
+    a.positions = static_cast<const int*>(row_at(op.positions, step, row0));
+    a.ld_positions = op.positions.ld;
+  }
+  return a;
+}
+
+Args arguments(const Euler& op, int step, int row0, int rows) {
+  Args a = common(op.h, op.norm, op.w, step, row0, rows);
+  a.mode = Mode::kEuler;
+  a.part[0] = {nullptr, row_of(op.bias, step), 0, 0, op.x.cols};
+  a.sample = static_cast<float*>(row_at(op.x, step, row0)), a.ld_sample = op.x.ld;
+  a.previous = static_cast<const float*>(row_at(op.previous, step, row0)), a.ld_previous = op.previous.ld;
+  a.weight = static_cast<const float*>(row_at(op.weight, step, row0)), a.ld_weight = op.weight.ld;
+  a.gain = row_of(op.gain, step), a.time = row_of(op.time, step);
+  a.dt = op.dt;
+  return a;
+}
+
+namespace {
+
+// More rows than the kernel takes go in pieces.
+template <typename O>
+cudaError_t launch_by_rows(const O& op, int m, const Launch& at) {
+  for (int row0 = 0; row0 < m; row0 += kSmallRows) {
+    Args a = arguments(op, at.step, row0, m - row0 < kSmallRows ? m - row0 : kSmallRows);
+    if (!choose_split(a, at)) return cudaErrorInvalidConfiguration;
+    if (const cudaError_t error = run_product(a, at); error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
@@ -96,73 +163,14 @@ cudaError_t by_rows(int m, const Launch& at, F f) {
 }  // namespace small
 
 cudaError_t launch_small(const Linear& op, const Launch& at) {
-  return small::by_rows(op.x.rows, at, [&](int row0, int rows, const Launch& here) {
-    small::Args a = small::common(op.x, op.norm, op.w, at.step, row0, rows);
-    a.mode = small::Mode::kLinear;
-    a.part[0] = {small::row_at(op.out, at.step, row0), small::row_of(op.bias, at.step), op.out.ld, 0, op.out.cols};
-    a.out_f32 = op.out.dtype == DType::kF32;
-    if (op.residual) {
-      a.residual = op.residual.at<std::byte>(at.step);
-      a.ld_residual = op.residual.ld, a.residual_rows = op.residual.rows;
-      a.residual_f32 = op.residual.dtype == DType::kF32;
-    }
-    a.gate = small::row_of(op.gate, at.step);
-    a.act = op.act, a.scale = op.scale;
-    return small::run(a, here);
-  });
+  return small::launch_by_rows(op, op.x.rows, at);
 }
-
 cudaError_t launch_small(const GatedLinear& op, const Launch& at) {
-  return small::by_rows(op.x.rows, at, [&](int row0, int rows, const Launch& here) {
-    small::Args a = small::common(op.x, op.norm, op.w, at.step, row0, rows);
-    a.mode = small::Mode::kGated;
-    a.part[0] = {small::row_at(op.out, at.step, row0), nullptr, op.out.ld, 0, op.out.cols};
-    a.out_f32 = op.out.dtype == DType::kF32;
-    a.act = op.act;
-    return small::run(a, here);
-  });
+  return small::launch_by_rows(op, op.x.rows, at);
 }
-
-cudaError_t launch_small(const Qkv& op, const Launch& at) {
-  return small::by_rows(op.x.rows, at, [&](int row0, int rows, const Launch& here) {
-    small::Args a = small::common(op.x, op.norm, op.w, at.step, row0, rows);
-    a.mode = small::Mode::kQkv;
-    a.parts = 0;
-    const View* views[3] = {&op.q, &op.k, &op.v};
-    const View* biases[3] = {&op.q_bias, &op.k_bias, &op.v_bias};
-    int block = 0;
-    for (int i = 0; i < 3; ++i) {
-      const View& v = *views[i];
-      if (!v) continue;
-      a.part[a.parts++] = {small::row_at(v, at.step, row0), small::row_of(*biases[i], at.step), v.ld, block, v.cols};
-      block += ceil_div(v.cols, 32);
-      a.out_f32 = v.dtype == DType::kF32;
-      if (op.rope && i < 2) a.rotate = a.parts;
-    }
-    if (a.rotate > 0) {
-      a.half = op.head_dim / 64;
-      a.rope = op.rope.at<const float>(at.step), a.ld_rope = op.rope.ld;
-      a.positions = static_cast<const int*>(small::row_at(op.positions, at.step, row0));
-      a.ld_positions = op.positions.ld;
-    }
-    a.head_dim = op.head_dim;
-    return small::run(a, here);
-  });
-}
-
+cudaError_t launch_small(const Qkv& op, const Launch& at) { return small::launch_by_rows(op, op.x.rows, at); }
 cudaError_t launch_small(const Euler& op, const Launch& at) {
-  return small::by_rows(op.h.rows, at, [&](int row0, int rows, const Launch& here) {
-    small::Args a = small::common(op.h, op.norm, op.w, at.step, row0, rows);
-    a.mode = small::Mode::kEuler;
-    a.part[0] = {nullptr, small::row_of(op.bias, at.step), 0, 0, op.x.cols};
-    a.sample = static_cast<float*>(small::row_at(op.x, at.step, row0)), a.ld_sample = op.x.ld;
-    a.previous = static_cast<const float*>(small::row_at(op.previous, at.step, row0));
-    a.ld_previous = op.previous.ld;
-    a.weight = static_cast<const float*>(small::row_at(op.weight, at.step, row0)), a.ld_weight = op.weight.ld;
-    a.gain = small::row_of(op.gain, at.step), a.time = small::row_of(op.time, at.step);
-    a.dt = op.dt;
-    return small::run(a, here);
-  });
+  return small::launch_by_rows(op, op.h.rows, at);
 }
 
 }  // namespace vla::cuda

@@ -1,17 +1,17 @@
 // Weights as the small product reads them: the matrix unit's left operand, one 16-byte load a lane.
 //
-// Block b has 32 rows of W, tile t 16 columns; (b, t) is 1 KB: two halves of 16 rows, in each lane l's 8 numbers
-// (l / 4 = g, l % 4 = c): rows g, g + 8, g, g + 8 at columns 2c, 2c, 2c + 8, 2c + 8, each with its right neighbour.
-// kStacked: every part starts a new block. kInterleaved: a block has 16 rows of the first matrix, then the same
-// 16 rows of the second. Rows and columns past the end are zeros.
+// Block b has 32 rows of W, tile t 16 columns; (b, t) is 1 KB: two halves of 16 rows, in each lane l's 8
+// numbers (l / 4 = g, l % 4 = c): rows g, g + 8, g, g + 8 at columns 2c, 2c, 2c + 8, 2c + 8, each with its
+// right neighbour. kStacked: every part starts a new block. kInterleaved: a block has 16 rows of the first
+// matrix, then the same 16 rows of the second. Rows and columns past the end are zeros.
 #include "product.cuh"
 
 namespace vla::cuda {
 
 namespace {
 
-__global__ void pack_fragments(uint4* to, const void* from, bool f32, int n, int k, int64_t ld, int first_block,
-                               int blocks, int k_tiles, int halves, int half) {
+__global__ void pack_fragments(uint4* to, const void* from, bool f32, int n, int k, int64_t ld,
+                               int first_block, int blocks, int k_tiles, int halves, int half) {
   // one thread a lane of a half tile: blocks * k_tiles * halves * 32 of them
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= static_cast<int64_t>(blocks) * k_tiles * halves * 32) return;
@@ -51,8 +51,8 @@ cudaError_t pack_small(void* to, Packing packing, const std::vector<RawMatrix>& 
     const int blocks = ceil_div(p.n, rows_of_block(packing)), k_tiles = ceil_div(p.k, 16);
     const int64_t threads = static_cast<int64_t>(blocks) * k_tiles * halves * 32;
     pack_fragments<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
-        static_cast<uint4*>(to), p.data, p.dtype == DType::kF32, p.n, p.k, p.ld, first, blocks, k_tiles, halves,
-        static_cast<int>(i));
+        static_cast<uint4*>(to), p.data, p.dtype == DType::kF32, p.n, p.k, p.ld, first, blocks, k_tiles,
+        halves, static_cast<int>(i));
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
     if (packing == Packing::kStacked) first += blocks;
   }

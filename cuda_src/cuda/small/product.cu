@@ -1,14 +1,16 @@
 // Products of few rows (m <= 64), the denoising loop's work: bound by reading W once.
 //
-// y (m, n) = norm(x) W^T, then what the operation does with it (epilogue.cuh). x (m, k), W (n, k) as fragments
-// (pack.cu). A thread block of 8 warps computes 32 * wn columns over one part of k; a cluster of `split` blocks
-// covers k. Each warp streams its own tiles of W (32 rows by 16 columns, 1 KB) through a private ring in shared
-// memory, filled before pdl_wait() so that reading W goes on across kernels; x is staged once a block.
-// W is the left operand of the matrix unit (16 rows), x the right one (8 rows): m is padded to 8, not to 64.
-// Sums go warp by warp, then block by block in rank order through distributed shared memory: always the same order.
+// y (m, n) = norm(x) W^T, then what the operation does with it (epilogue.cuh). x (m, k), W (n, k) as
+// fragments (pack.cu). A thread block of 8 warps computes 32 * wn columns over one part of k; a cluster of
+// `split` blocks covers k. Each warp streams its own tiles of W (32 rows by 16 columns, 1 KB) through a
+// private ring in shared memory, filled before pdl_wait() so that reading W goes on across kernels; x is
+// staged once a block. W is the left operand of the matrix unit (16 rows), x the right one (8 rows): m is
+// padded to 8, not to 64. Sums go warp by warp, then block by block in rank order through distributed shared
+// memory: always the same order.
 //
-// RMS norm: y_i = rstd_i * (x_i * (weight + plus)) W^T + norm_bias W^T: no block needs the statistics of a row
-// before the end, where the blocks of the cluster have all of its sum of squares. The norm's bias is one more row of x.
+// RMS norm: y_i = rstd_i * (x_i * (weight + plus)) W^T + norm_bias W^T: no block needs the statistics of a
+// row before the end, where the blocks of the cluster have all of its sum of squares. The norm's bias is one
+// more row of x.
 #include "epilogue.cuh"
 
 namespace vla::cuda::small {
@@ -152,7 +154,8 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
   __syncthreads();
 
   float acc[2][MT][4] = {};
-  const uint32_t x_address = smem_address(smem) + (lane / 16 * 8 + lane % 8) * s.x_stride + (lane / 8 % 2) * 16;
+  const uint32_t x_address =
+      smem_address(smem) + (lane / 16 * 8 + lane % 8) * s.x_stride + (lane / 8 % 2) * 16;
   int slot = 0;
   for (int t = 0; t < mine; ++t) {
     cp_async_wait<kDepth - 1>();
@@ -182,7 +185,8 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
     slot = slot + 1 == kDepth ? 0 : slot + 1;
   }
 
-  // From here x and the ring are not needed. The others may send once all blocks of the cluster have come this far.
+  // From here x and the ring are not needed. The others may send once all blocks of the cluster have come
+  // this far.
   __syncthreads();
   if (a.split > 1) cluster_arrive();
   float* partial = reinterpret_cast<float*>(smem + s.partial) + warp * s.rows * kPitch;
@@ -209,7 +213,8 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
 
 }  // namespace
 
-cudaError_t run_product(const Args& a, int mt, const Launch& at) {
+cudaError_t run_product(const Args& a, const Launch& at) {
+  const int mt = row_tiles(a);
   const int bytes = shape_of(mt, a.m, a.wn, a.split, a.tiles).bytes;
   const dim3 grid(static_cast<unsigned>(ceil_div(a.blocks, a.wn) * a.split));
   switch (mt) {

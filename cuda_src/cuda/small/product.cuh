@@ -56,7 +56,6 @@ struct Args {
   int64_t ld_rope = 0;
   const int* positions = nullptr;
   int64_t ld_positions = 0;
-  int head_dim = 0;
   // euler
   float* sample = nullptr;
   const float* previous = nullptr;
@@ -70,13 +69,13 @@ struct Args {
 // Shared memory of a block, in bytes from its start. The mainloop's x and weight ring give way to the partial
 // sums (one tile a warp) and what the cluster's other blocks send.
 struct Shape {
-  int rows;         // of x in shared memory: m, the norm's bias, padding to 8
-  int x_stride;     // bytes; an odd number of 16-byte units, so ldmatrix has no bank conflicts
-  int ring;         // offset of the weight ring
-  int partial;      // offset of the partial sums: [warp][rows][kPitch]
-  int received;     // offset of received sums: [split][own + 1][32 * wn]
-  int squares;      // offset of received sums of squares: [split][own]; never shared with anything else
-  int own;          // rows of y a block of the cluster finishes
+  int rows;      // of x in shared memory: m, the norm's bias, padding to 8
+  int x_stride;  // bytes; an odd number of 16-byte units, so ldmatrix has no bank conflicts
+  int ring;      // offset of the weight ring
+  int partial;   // offset of the partial sums: [warp][rows][kPitch]
+  int received;  // offset of received sums: [split][own + 1][32 * wn]
+  int squares;   // offset of received sums of squares: [split][own]; never shared with anything else
+  int own;       // rows of y a block of the cluster finishes
   int bytes;
 };
 constexpr int kPitch = 36;  // floats from one row of a partial tile to the next: no bank conflicts
@@ -95,5 +94,19 @@ inline __host__ __device__ Shape shape_of(int mt, int m, int wn, int split, int 
   s.bytes = s.squares + (split * s.own + 2 * s.rows) * 4;
   return s;
 }
+
+// What an operation asks of the kernel, for its rows [row0, row0 + rows); the split is left open.
+Args arguments(const Linear& op, int step, int row0, int rows);
+Args arguments(const GatedLinear& op, int step, int row0, int rows);
+Args arguments(const Qkv& op, int step, int row0, int rows);
+Args arguments(const Euler& op, int step, int row0, int rows);
+
+// Tiles of 8 rows of x that the kernel is compiled for.
+int row_tiles(const Args& a);
+// Sets the split to (wn, split); false where it does not fit this device.
+bool set_split(Args& a, int wn, int split, const Launch& at);
+// Sets the split that should be fastest; false where there is none.
+bool choose_split(Args& a, const Launch& at);
+cudaError_t run_product(const Args& a, const Launch& at);
 
 }  // namespace vla::cuda::small

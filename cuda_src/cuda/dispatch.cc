@@ -1,0 +1,100 @@
+#include "dispatch.h"
+
+#include "../errors.h"
+
+namespace vla::cuda {
+
+namespace {
+
+std::string shape(int rows, int cols) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+}
+std::string shape(const View& v) { return shape(v.rows, v.cols); }
+
+template <typename... F>
+struct Overloaded : F... {
+  using F::operator()...;
+};
+template <typename... F>
+Overloaded(F...) -> Overloaded<F...>;
+
+}  // namespace
+
+std::string describe(const Op& op) {
+  const auto product = [](const char* name, const View& x, const Weight& w) {
+    return std::string(name) + " " + shape(x) + " x " + shape(w.rows(), w.k);
+  };
+  return std::visit(Overloaded{[](const ImagePatches& o) { return "image_patches " + shape(o.out); },
+                               [&](const Linear& o) { return product("linear", o.x, o.w); },
+                               [&](const GatedLinear& o) { return product("gated_linear", o.x, o.w); },
+                               [&](const Qkv& o) {
+                                 return product("qkv", o.x, o.w) + " head " + std::to_string(o.head_dim);
+                               },
+                               [](const Attention& o) {
+                                 return "attention " + shape(o.q) + " over " + shape(o.k) + " head " +
+                                        std::to_string(o.head_dim) + " batch " + std::to_string(o.batch);
+                               },
+                               [](const SpaceToDepth& o) { return "space_to_depth " + shape(o.x); },
+                               [](const Embed& o) { return "embed " + shape(o.out); },
+                               [&](const Euler& o) { return product("euler", o.h, o.w); }},
+                    op);
+}
+
+const void* weight_of(const Op& op) {
+  return std::visit(
+      [](const auto& o) -> const void* {
+        if constexpr (requires { o.w.data; }) {
+          return o.w.data;
+        } else {
+          return nullptr;
+        }
+      },
+      op);
+}
+
+bool is_small(const Op& op, Layout layout) {
+  if (const auto* a = std::get_if<Attention>(&op)) {
+    return a->q.rows / a->batch <= kSmallRows && refuse_small(op).empty();
+  }
+  return weight_of(op) != nullptr && layout == Layout::kFragments;
+}
+
+void check_supported(const Op& op, Layout layout) {
+  const std::string why = is_small(op, layout) ? refuse_small(op) : refuse_large(op);
+  if (!why.empty()) throw Unsupported("cuda: " + describe(op) + ": " + why);
+}
+
+cudaError_t launch_op(const Op& op, Layout layout, const Launch& at) {
+  const bool small = is_small(op, layout);
+  return std::visit(
+      [&](const auto& o) -> cudaError_t {
+        using T = std::decay_t<decltype(o)>;
+        if constexpr (std::is_same_v<T, Euler>) {
+          return launch_small(o, at);  // its weight is always packed for few rows
+        } else if constexpr (requires { launch_small(o, at); }) {
+          return small ? launch_small(o, at) : launch_large(o, at);
+        } else {
+          return launch(o, at);
+        }
+      },
+      op);
+}
+
+std::string refuse_small(const Op& op) {
+  if (const auto* a = std::get_if<Attention>(&op)) {
+    const int d = a->head_dim;
+    if (d != 64 && d != 72 && d != 128 && d != 256) {
+      return "head size " + std::to_string(d) + ": expected 64, 72, 128 or 256";
+    }
+    if (a->out.dtype != DType::kBF16) return "expected bfloat16";
+    for (const View* v : {&a->q, &a->k, &a->v, &a->out}) {
+      if (v->ld % 8 || reinterpret_cast<uintptr_t>(v->base) % 16) return "rows are not 16-byte aligned";
+    }
+  }
+  if (const auto* q = std::get_if<Qkv>(&op); q && q->rope && q->head_dim % 64) {
+    return "rotary embedding of head size " + std::to_string(q->head_dim) + ": expected a multiple of 64";
+  }
+  return {};
+}
+
+}  // namespace vla::cuda

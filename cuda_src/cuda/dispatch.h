@@ -1,0 +1,25 @@
+// From an operation to its launcher: which kernels run it, and what it is called in an error.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace vla::cuda {
+
+// "linear (50, 1024) x (2560, 1024)": the operation and its shapes.
+std::string describe(const Op& op);
+
+// True where the operation runs on the kernels for few rows. `layout` is that of its packed weight, if it has
+// one.
+bool is_small(const Op& op, Layout layout);
+
+// Throws Unsupported where the operation cannot run on the kernels chosen for it.
+void check_supported(const Op& op, Layout layout);
+
+cudaError_t launch_op(const Op& op, Layout layout, const Launch& at);
+
+// The packed weight of an operation, nullptr where it has none.
+const void* weight_of(const Op& op);
+
+}  // namespace vla::cuda
