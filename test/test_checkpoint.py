@@ -66,6 +66,42 @@ def test_golden_policies(family: str) -> None:
         ckpt.read("model.nothing")
 
 
+@pytest.mark.parametrize("family", ["pi0", "pi05"])
+@pytest.mark.parametrize("style", ["openpi", "transformers 4.48", "tied head", "compiled"])
+def test_other_names_of_the_same_weights(family: str, style: str, tmp_path: Path) -> None:
+    golden = read_checkpoint(GOLDEN / family)
+    root = "model.paligemma_with_expert.paligemma."
+
+    def other(name: str) -> str:
+        if style == "compiled":
+            return name.replace("model.", "model._orig_mod.", 1)
+        if style == "tied head":
+            return name.replace("model.language_model.embed_tokens.weight", "lm_head.weight")
+        name = name.replace(".vision_tower.", ".vision_tower.vision_model.")
+        if style == "openpi":
+            swapped = {"time_mlp": "action_time_mlp"} if family == "pi05" else {"action_time_mlp": "time_mlp"}
+            for ours, theirs in swapped.items():
+                name = name.replace(f"model.{ours}", f"model.{theirs}")
+            return name.removeprefix("model.")
+        name = name.replace(f"{root}model.language_model.", f"{root}language_model.model.")
+        return name.replace(f"{root}model.", root)
+
+    policy = Path(shutil.copytree(GOLDEN / family, tmp_path / "p"))
+    layout = {other(n): (i.dtype, i.shape) for n, i in golden.tensors.items()}
+    write_safetensors(policy / "model.safetensors", layout, (golden.read(n) for n in golden.tensors))
+    assert set(layout) != set(golden.tensors)
+    ckpt = read_checkpoint(policy)
+    assert set(golden.tensors) <= set(ckpt.tensors)
+    assert all(np.array_equal(ckpt.read(n), golden.read(n)) for n in golden.tensors)
+
+
+def test_two_names_of_one_tensor(tmp_path: Path) -> None:
+    policy = Path(shutil.copytree(GOLDEN / "pi0", tmp_path / "p"))
+    layout = {"state_proj.bias": ("F32", (1,)), "model.state_proj.bias": ("F32", (1,))}
+    write_safetensors(policy / "model.safetensors", layout, [np.zeros(1, np.float32)] * 2)
+    refused(policy, CheckpointError, r"are both model\.state_proj\.bias")
+
+
 def test_counts_layers() -> None:
     ckpt = read_checkpoint(GOLDEN / "smolvla")
     assert ckpt.count("model.vlm_with_expert.vlm.model.vision_model.encoder.layers") == 3
