@@ -201,11 +201,10 @@ def _cameras(features: Fields) -> dict[str, tuple[int, int]]:
         feature = features.object(name)
         if feature.text("type") != "VISUAL" or name.startswith(EMPTY_CAMERA):
             continue
-        shape = feature.sizes("shape", length=3, high=1 << 14)
-        if 3 not in (shape[0], shape[2]):
+        channels, height, width = feature.sizes("shape", length=3, high=1 << 14)
+        if channels != 3:
             raise UnsupportedError(
-                f"{feature.where}: shape {list(shape)} is not supported; supported: [3, height, width] (RGB)"
+                f"{feature.where}: {channels} channels are not supported; supported: 3 (RGB)"
             )
-        # Some data sets state (height, width, 3), which LeRobot does not look at.
-        sizes[name] = (shape[1], shape[2]) if shape[0] == 3 else (shape[0], shape[1])
+        sizes[name] = (height, width)
     return sizes

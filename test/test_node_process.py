@@ -1,0 +1,177 @@
+"""vla_node as a program: signals, the golden policy over real DDS, a checkpoint that is cut short."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+rclpy = pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+
+from robot import IMAGE, Robot, until  # noqa: E402
+
+from vla_infer.codecs import COMMAND_CODECS  # noqa: E402
+from vla_infer.contract import load_contract  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+GOLDEN = HERE / "golden" / "smolvla"
+ARRAY = "std_msgs/msg/Float64MultiArray"
+DRY = "/forward_position_controller/commands_dry"
+STANDIN = [str(HERE / "standin.py")]
+NODE = ["-m", "vla_infer.node"]
+
+
+class Program:
+    """The node in a process of its own; its output is read at the end."""
+
+    def __init__(self, start: list[str], **parameters: Any) -> None:
+        command = [sys.executable, *start, "--ros-args"]
+        for name, value in {"contract": "so101", **parameters}.items():
+            command += ["-p", f"{name}:={value}"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+    def stop(self, number: int = signal.SIGINT) -> tuple[float, str]:
+        """Send a signal; the seconds until the end and the whole output."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=20)
+        return time.monotonic() - began, output
+
+
+@pytest.fixture
+def robot() -> Iterator[Robot]:
+    robot = Robot({DRY: ARRAY})
+    yield robot
+    robot.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    programs: list[Program] = []
+
+    def factory(*arguments: Any, **parameters: Any) -> Program:
+        programs.append(Program(*arguments, **parameters))
+        return programs[-1]
+
+    yield factory
+    for program in programs:
+        if program.process.poll() is None:
+            program.process.kill()
+            program.process.communicate()
+
+
+def values(robot: Robot) -> list[np.ndarray]:
+    return [COMMAND_CODECS[ARRAY].decode(message).values[0] for _, message in list(robot.commands[DRY])]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_hold(robot: Robot, start: Any, tmp_path: Path, number: int) -> None:
+    document = yaml.safe_load((HERE.parent / "config" / "so101.yaml").read_text())
+    # Velocities, for which a hold is zero and cannot be taken for one more command.
+    joints = document["command"]["joints"]
+    document["command"] = {"topic": DRY.removesuffix("_dry")[1:], "interface": "velocity", "joints": joints}
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(document))
+    program = start(STANDIN, policy="plain", contract=tmp_path / "robot.yaml")
+    robot.feed()
+    until(lambda: len(values(robot)) > 10, what="commands")
+    seconds, output = program.stop(number)
+    assert program.process.returncode == 0, output
+    assert seconds < 1.0
+    time.sleep(0.1)
+    assert np.abs(values(robot)[-2]).max() > 1
+    np.testing.assert_array_equal(values(robot)[-1], np.zeros(6))
+    assert "Traceback" not in output
+
+
+def test_a_signal_in_the_middle_of_an_inference(robot: Robot, start: Any) -> None:
+    program = start(STANDIN, policy="slow")
+    robot.feed()
+    until(lambda: robot.message("state").startswith("the first chunk is computed"), what="first inference")
+    seconds, output = program.stop()
+    assert program.process.returncode == 0, output
+    assert seconds < 1.0
+    assert "Traceback" not in output
+
+
+def test_a_signal_while_loading(robot: Robot, start: Any) -> None:
+    program = start(STANDIN, policy="slow_load")
+    until(lambda: robot.node.get_node_names().count("vla_node"), what="node")
+    time.sleep(0.3)
+    seconds, output = program.stop()
+    assert program.process.returncode == 0, output
+    assert seconds < 1.0
+    assert "told to stop while loading" in output
+
+
+def test_the_golden_policy_drives_the_robot_as_it_would_be_called(robot: Robot, start: Any) -> None:
+    """One observation alone: what is published are rows of what `predict` gives for it, in radians."""
+    from vla_infer.policy import load_policy
+
+    contract = load_contract("so101")
+    program = start(NODE, policy=GOLDEN)
+    until(lambda: robot.value("state", "lifecycle") == "active", timeout=20, what="active")
+    robot.send_joints()
+    robot.send_image("top")
+    robot.send_image("wrist")
+    until(lambda: values(robot), what="commands")
+    time.sleep(0.4)
+    published = np.array(values(robot))
+    _, output = program.stop()
+    assert program.process.returncode == 0, output
+    policy = load_policy(str(GOLDEN))
+    images = {camera.feature: IMAGE for camera in contract.cameras}
+    state = contract.states[0].units.to_policy(np.full(6, 0.1)).astype(np.float32)
+    chunk = policy.predict(images, state, contract.instruction.default)
+    policy.close()
+    rows = contract.commands[0].units.to_ros(chunk.astype(np.float64))
+    nearest = np.abs(published[:, None] - rows[None]).max(axis=2)
+    assert nearest.min(axis=1).max() < 1e-5
+    order = nearest.argmin(axis=1)
+    assert (np.diff(order) >= 0).all()
+    assert len(set(order.tolist())) >= 3  # several rows, each as it falls due
+
+
+@pytest.mark.parametrize("fault", ["cut weights", "no directory", "no config"])
+def test_a_checkpoint_that_cannot_be_loaded_leaves_the_node_waiting(
+    robot: Robot, start: Any, tmp_path: Path, fault: str
+) -> None:
+    policy = tmp_path / "policy"
+    if fault != "no directory":
+        shutil.copytree(GOLDEN, policy)
+    if fault == "cut weights":
+        weights = policy / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif fault == "no config":
+        (policy / "config.json").unlink()
+    program = start(NODE, policy=policy)
+    until(lambda: "configuration failed" in robot.message("state"), timeout=20, what="reason in diagnostics")
+    robot.feed()
+    time.sleep(0.2)
+    seconds, output = program.stop()
+    assert program.process.returncode == 0, output
+    assert seconds < 1.0
+    lines = [line for line in output.splitlines() if "[ERROR]" in line]
+    assert len(lines) == 1, output
+    assert str(policy) in lines[0]
+    assert "Traceback" not in output
+    assert not values(robot)
+
+
+def test_a_parameter_that_rclpy_itself_refuses(start: Any) -> None:
+    program = start(STANDIN, policy="plain", use_sim_time="maybe")
+    output, _ = program.process.communicate(timeout=20)
+    assert program.process.returncode == 1
+    assert "vla_node: cannot start" in output

@@ -1,0 +1,279 @@
+"""vla_node: a lifecycle node that wires cameras, joint states and an instruction to a policy and its
+actions to a robot. It holds no cleverness: contract, frame, chunk and scheduler decide.
+
+    vla_node --ros-args -p policy:=DIRECTORY -p contract:=so101
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import JumpThreshold
+from rclpy.duration import Duration
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.signals import SignalHandlerOptions
+
+from .chunk import ActionLayout
+from .contract import load_contract
+from .errors import VlaInferError
+from .frame import FrameBuffer
+from .node_control import Control, Observing
+from .node_diagnostics import Running, array, describe_running, describe_state
+from .node_inference import InferenceWorker
+from .node_inputs import Inputs, InstructionSlot
+from .node_parameters import NodeParameters, Settings
+from .node_support import Interrupted, NodeClock, Reporter, describe, run_interruptible
+
+# How long cleanup waits for an inference that is under way; the thread ends by itself after that.
+_JOIN = 0.2
+
+
+def _load_policy(path: str, **options: Any) -> Any:
+    from .policy import load_policy  # the engine is needed at configuration, not to import this module
+
+    return load_policy(path, **options)
+
+
+class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no usable types
+    """The node. `policy_loader` has the signature of vla_infer.load_policy; `stop` ends loading early."""
+
+    def __init__(
+        self,
+        *,
+        policy_loader: Callable[..., Any] = _load_policy,
+        stop: threading.Event | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__("vla_node", **options)
+        self._policy_loader = policy_loader
+        self.stop_requested = stop or threading.Event()
+        self._table = NodeParameters(self)
+        self._clock_pair = NodeClock(self.get_clock())
+        self._reporter = Reporter(self.get_logger(), self._clock_pair)
+        self._running: Running | None = None
+        self._problem = ""
+        self._label = "unconfigured"
+        self.thread_left = False  # an inference or a load outlasted its stop
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._diagnostics_timer = self.create_timer(
+            1.0,
+            self._reporter.guarded("diagnostics", self._publish_diagnostics),
+            clock=self._clock_pair.steady_clock,
+        )
+        threshold = JumpThreshold(
+            min_forward=Duration(seconds=1), min_backward=Duration(nanoseconds=-1), on_clock_change=True
+        )
+        self._jump = self.get_clock().create_jump_callback(threshold, post_callback=self._on_jump)
+
+    @property
+    def autostart(self) -> bool:
+        return bool(self.get_parameter("autostart").value)
+
+    def start(self) -> bool:
+        """Configure and activate; False where one of them failed, the reason being logged."""
+        done = TransitionCallbackReturn.SUCCESS
+        return bool(self.trigger_configure() == done and self.trigger_activate() == done)
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            self._running = self._configure(self._table.settings())
+        except Interrupted as interruption:
+            self.thread_left = True
+            return self._fail(str(interruption))
+        except Exception as error:
+            return self._fail(f"configuration failed: {describe(error)}")
+        self._problem, self._label = "", "inactive"
+        self._table.changeable = False
+        return TransitionCallbackReturn.SUCCESS
+
+    def _fail(self, problem: str) -> TransitionCallbackReturn:
+        self._problem = problem
+        self.get_logger().error(problem)
+        return TransitionCallbackReturn.FAILURE
+
+    def _configure(self, settings: Settings) -> Running:
+        contract = load_contract(settings.contract)
+        self.get_logger().info(f"loading {settings.policy} for {settings.device} in {settings.precision}")
+        policy = run_interruptible(
+            lambda: self._policy_loader(
+                settings.policy,
+                device=settings.device,
+                precision=settings.precision,
+                num_steps=settings.num_steps or None,
+                threads=settings.threads or None,
+            ),
+            self.stop_requested,
+            lambda late: late.close(),
+        )
+        info = policy.info
+        try:
+            contract.check_policy(info)
+        except VlaInferError:
+            policy.close()
+            raise
+        slot = InstructionSlot(contract.instruction.default)
+        slot.put(settings.instruction)
+        buffer, layout = FrameBuffer(contract), ActionLayout(contract)
+        worker = InferenceWorker(
+            policy, buffer, layout, slot, clock=self._clock_pair, reporter=self._reporter
+        )
+        control = Control(
+            self,
+            layout,
+            Observing(buffer, worker, slot),
+            rate=settings.control_rate or contract.control_rate,
+            dry_run=settings.dry_run,
+            clock=self._clock_pair,
+            reporter=self._reporter,
+        )
+        inputs = Inputs(
+            self,
+            contract,
+            buffer,
+            slot,
+            clock=self._clock_pair,
+            reporter=self._reporter,
+            arrived=worker.wake,
+        )
+        self.get_logger().info(
+            f"{info.family} for '{contract.robot}': {len(contract.cameras)} cameras, state {info.state_dim}, "
+            f"actions {info.horizon}x{info.action_dim}, {info.weight_bytes / 2**20:.1f} MiB of weights"
+        )
+        if settings.dry_run:
+            self.get_logger().warning(
+                f"dry run: commands go to {', '.join(control.topics)}; start with dry_run:=false to arm"
+            )
+        return Running(settings, contract, info, slot, buffer, worker, inputs, control)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        if self._running is None:
+            return self._fail("nothing is configured")
+        super().on_activate(state)
+        self._label = "active"
+        self._running.control.start()
+        self._running.worker.enable()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._halt()
+        super().on_deactivate(state)
+        self._label = "inactive"
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._release()
+        self._label = "unconfigured"
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._release()
+        self._label = "finalized"
+        self.stop_requested.set()  # a finalized node can do nothing more: the process ends
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._release()
+        self._label = "unconfigured"
+        self._problem = self._problem or "a transition failed; see the log"
+        return TransitionCallbackReturn.SUCCESS
+
+    def _halt(self) -> None:
+        """Stop inferring and moving; the last message is a hold."""
+        if self._running is not None:
+            self._running.worker.disable()
+            self._running.control.stop()
+
+    def _release(self) -> None:
+        if self._running is None:
+            return
+        self._halt()
+        running, self._running = self._running, None
+        running.inputs.destroy()
+        running.control.destroy()
+        if not running.worker.stop(_JOIN):
+            self.thread_left = True
+            self.get_logger().info("an inference is still under way; its policy is closed when it ends")
+        self._table.changeable = True
+
+    def close(self) -> None:
+        """Shut down from any state and give back what rclpy holds. The node is of no use afterwards."""
+        with suppress(Exception):  # no such transition from finalized
+            self.trigger_shutdown()
+        self._release()
+        self._jump.unregister()
+        self.destroy_node()
+
+    def _on_jump(self, jump: Any) -> None:
+        if self._running is not None:
+            self._running.buffer.clear()
+            self._running.control.restart()
+            self.get_logger().warning(
+                f"the clock was set by {jump.delta.nanoseconds * 1e-9:.3f} s: starting anew"
+            )
+
+    def _publish_diagnostics(self) -> None:
+        running = self._running
+        statuses = [describe_state(self._label, self._problem, running)]
+        if running is not None:
+            statuses += describe_running(running, self._reporter.counts.snapshot(), self._clock_pair)
+        hardware = running.contract.robot if running else ""
+        stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(array(self.get_name(), hardware, statuses, stamp))
+
+
+def make_executor(context: Any = None) -> Any:
+    """EventsExecutor, which has the least timer error, where this rclpy has it; else the standard one."""
+    try:
+        from rclpy.experimental import EventsExecutor
+    except ImportError:  # before Jazzy
+        from rclpy.executors import SingleThreadedExecutor
+
+        return SingleThreadedExecutor(context=context)
+    return EventsExecutor(context=context)
+
+
+def run(node: VlaNode, executor: Any) -> None:
+    """Spin until `node.stop_requested`, with spin_once: spin() was seen not to return on shutdown."""
+    executor.add_node(node)
+    if node.autostart:
+        node.start()
+    while not node.stop_requested.is_set():
+        executor.spin_once(timeout_sec=0.1)
+    executor.remove_node(node)
+    executor.shutdown()
+
+
+def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any] = _load_policy) -> int:
+    """Run the node until SIGINT, SIGTERM or a shutdown transition. Exit status 0, or 1 if it cannot start."""
+    stop = threading.Event()
+    # rclpy's own handlers would take the context away before the last hold is published.
+    rclpy.init(args=list(args) if args is not None else None, signal_handler_options=SignalHandlerOptions.NO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        node = VlaNode(policy_loader=policy_loader, stop=stop)
+    except Exception as error:
+        print(f"vla_node: cannot start: {describe(error)}", file=sys.stderr)
+        rclpy.try_shutdown()
+        return 1
+    run(node, make_executor())
+    node.close()
+    rclpy.try_shutdown()
+    if node.thread_left:
+        # A thread inside the engine cannot be ended, and the interpreter must not go away under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

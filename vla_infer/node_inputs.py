@@ -1,0 +1,130 @@
+"""Subscriptions of vla_node: check the header, keep the newest, return. Decoding is the inference thread's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+
+from .codecs import CODECS, message_class, stamp_ns
+from .codecs_image import check_compressed, check_image
+from .contract import Camera, Contract
+from .errors import ObservationError
+from .frame import FrameBuffer
+from .instruction import clean_instruction
+from .node_support import NodeClock, Reporter
+from .stats import Window
+
+_CHECKS = {"sensor_msgs/msg/Image": check_image, "sensor_msgs/msg/CompressedImage": check_compressed}
+
+
+def input_qos(*, reliable: bool, depth: int) -> QoSProfile:
+    return QoSProfile(
+        history=HistoryPolicy.KEEP_LAST,
+        depth=depth,
+        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+        durability=DurabilityPolicy.VOLATILE,
+    )
+
+
+class InstructionSlot:
+    """The instruction in force: the last valid message, else the default; empty for none."""
+
+    def __init__(self, default: str) -> None:
+        self.text = default
+
+    def put(self, text: str) -> bool:
+        """Take an instruction; False for one that is empty. Raises ObservationError for what is no text."""
+        cleaned = clean_instruction(text).strip()
+        if cleaned:
+            self.text = cleaned
+        return bool(cleaned)
+
+
+class Inputs:
+    """All subscriptions of one contract. `arrived` is called after each message that was kept."""
+
+    def __init__(
+        self,
+        node: Any,
+        contract: Contract,
+        buffer: FrameBuffer,
+        slot: InstructionSlot,
+        *,
+        clock: NodeClock,
+        reporter: Reporter,
+        arrived: Callable[[], None],
+    ) -> None:
+        self._node = node
+        self._buffer = buffer
+        self._slot = slot
+        self._clock = clock
+        self._reporter = reporter
+        self._arrived = arrived
+        self.image_age = Window()  # s from stamp to callback
+        self._subscriptions = [
+            self._subscribe(
+                camera.type,
+                camera.topic,
+                partial(self._on_image, camera),
+                input_qos(reliable=camera.reliable, depth=camera.depth),
+            )
+            for camera in contract.cameras
+        ]
+        for index, source in enumerate(contract.states):
+            self._subscriptions.append(
+                self._subscribe(
+                    "sensor_msgs/msg/JointState",
+                    source.topic,
+                    partial(self._on_state, index, source.topic, source.receipt_stamp),
+                    input_qos(reliable=source.reliable, depth=10),
+                )
+            )
+        self._subscriptions.append(
+            self._subscribe(
+                "std_msgs/msg/String",
+                contract.instruction.topic,
+                partial(self._on_instruction, contract.instruction.topic),
+                input_qos(reliable=True, depth=10),
+            )
+        )
+
+    def destroy(self) -> None:
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+        self._subscriptions.clear()
+
+    def _subscribe(self, kind: str, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
+        def receive(message: Any) -> None:
+            self._reporter.counts.add(f"received {topic}")
+            try:
+                callback(message)
+            except ObservationError as error:
+                self._reporter.counts.add(f"rejected {topic}")
+                self._reporter.warn(f"rejected {topic}", f"{topic}: {error}; message ignored")
+
+        return self._node.create_subscription(
+            message_class(kind), topic, self._reporter.guarded(topic, receive), qos
+        )
+
+    def _on_image(self, camera: Camera, message: Any) -> None:
+        now = self._clock.now()
+        stamp = now.ros if camera.receipt_stamp else stamp_ns(message)
+        self.image_age.add((now.ros - stamp) * 1e-9)
+        _CHECKS[camera.type](message)
+        self._buffer.add_image(camera.feature, message, stamp, now)
+        self._arrived()
+
+    def _on_state(self, index: int, topic: str, receipt: bool, message: Any) -> None:  # noqa: FBT001
+        now = self._clock.now()
+        sample = CODECS["sensor_msgs/msg/JointState"].decode(message)
+        self._buffer.add_state(index, sample, now.ros if receipt else stamp_ns(message), now)
+        self._arrived()
+
+    def _on_instruction(self, topic: str, message: Any) -> None:
+        if not self._slot.put(CODECS["std_msgs/msg/String"].decode(message)):
+            raise ObservationError("the instruction is empty; the one in force stays")
+        self._reporter.info(f"instruction: '{self._slot.text}'")
+        self._arrived()

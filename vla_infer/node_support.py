@@ -1,0 +1,127 @@
+"""What the parts of vla_node share: its clock, its log lines, its guard against our own mistakes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rclpy.clock import Clock, ClockType
+
+from .contract_parse import one_line
+from .errors import VlaInferError
+from .frame import Now
+from .stats import Counts, Spacing
+
+T = TypeVar("T")
+
+
+class NodeClock:
+    """`Now` on both clocks. Under use_sim_time durations are simulated time too, else the steady clock's."""
+
+    def __init__(self, ros_clock: Any) -> None:
+        self._ros = ros_clock
+        # The clock of rclpy's own timers, which NTP does not slew as it does Python's monotonic one.
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+
+    @property
+    def steady_clock(self) -> Clock:
+        return self._steady
+
+    def steady(self) -> float:
+        """Seconds of the steady clock, simulated time or not: for figures about this process."""
+        return float(self._steady.now().nanoseconds * 1e-9)
+
+    def now(self) -> Now:
+        ros = self._ros.now().nanoseconds
+        return Now(ros * 1e-9 if self._ros.ros_time_is_active else self.steady(), ros)
+
+
+class Reporter:
+    """Log lines that do not flood: each kind at once, then at most every five seconds with a count."""
+
+    def __init__(self, logger: Any, clock: NodeClock) -> None:
+        self._logger = logger
+        self._clock = clock
+        self._spacing = Spacing()
+        self.counts = Counts()
+
+    def info(self, text: str) -> None:
+        self._logger.info(text)
+
+    def note(self, kind: str, text: str) -> None:
+        """A line of information that may come often."""
+        held = self._spacing.pass_on(kind, self._clock.steady())
+        if held is not None:
+            self._logger.info(text + (f" ({held} more of these)" if held else ""))
+
+    def warn(self, kind: str, text: str) -> None:
+        held = self._spacing.pass_on(kind, self._clock.steady())
+        if held is not None:
+            self._logger.warning(text + (f" ({held} more of these)" if held else ""))
+
+    def error(self, kind: str, text: str) -> None:
+        held = self._spacing.pass_on(kind, self._clock.steady())
+        if held is not None:
+            self._logger.error(text + (f" ({held} more of these)" if held else ""))
+
+    def guarded(self, where: str, function: Callable[..., None]) -> Callable[..., None]:
+        """`function` for use as a callback: an exception becomes a line and a count, never the node's end."""
+
+        def call(*arguments: Any) -> None:
+            try:
+                function(*arguments)
+            except Exception as error:
+                self.counts.add("internal_errors")
+                self.error(where, f"{where}: {describe(error)}")
+
+        return call
+
+
+def describe(error: BaseException) -> str:
+    """One line for an exception: its text when it is ours, with its type otherwise."""
+    text = " ".join(str(error).split())
+    return (
+        text if isinstance(error, VlaInferError) else f"{type(error).__name__}: {one_line(text, limit=300)}"
+    )
+
+
+class Interrupted(Exception):
+    """The node was told to stop while it was waiting."""
+
+
+def run_interruptible(function: Callable[[], T], stop: threading.Event, discard: Callable[[T], None]) -> T:
+    """`function()` in a thread of its own, so that a signal can end the wait for it.
+
+    Raises what it raises, or Interrupted once `stop` is set; a result that comes after that goes to
+    `discard`.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+    abandoned = False
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            errors.append(error)
+            return
+        with lock:
+            if not abandoned:
+                results.append(result)
+                return
+        discard(result)
+
+    thread = threading.Thread(target=work, name="vla_load", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.05)
+        if stop.is_set() and thread.is_alive():
+            with lock:
+                abandoned = not results
+            if abandoned:
+                raise Interrupted("told to stop while loading the policy")
+    if errors:
+        raise errors[0]
+    return results[0]
