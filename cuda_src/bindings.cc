@@ -53,7 +53,7 @@ PYBIND11_MODULE(_engine, m) {
   m.doc() = "The engine behind vla_infer.engine. Private.";
   m.def("version", &vla::version);
   m.def("built_with_cuda", &vla::built_with_cuda);
-  m.def("cpu_instruction_set", &vla::cpu_instruction_set);
+  m.def("cpu_instruction_sets", &vla::cpu_instruction_sets);
 
   py::class_<vla::Engine>(m, "Engine")
       .def(py::init([](const std::string& device, bool bf16, int threads) {

@@ -58,7 +58,8 @@ class Device {
   virtual std::unique_ptr<Plan> plan(Script script) = 0;
 };
 
-std::unique_ptr<Device> make_cpu_device(DType act, int threads);
+// instruction_set: one of runnable_kernels() (cpu/kernels.h), "" for the best.
+std::unique_ptr<Device> make_cpu_device(DType act, int threads, const std::string& instruction_set);
 std::unique_ptr<Device> make_cuda_device(DType act, int index);  // in builds with CUDA
 
 }  // namespace vla

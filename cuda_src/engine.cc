@@ -16,7 +16,11 @@ bool built_with_cuda() {
 #endif
 }
 
-const char* cpu_instruction_set() { return cpu::best_kernels().name; }
+std::vector<std::string> cpu_instruction_sets() {
+  std::vector<std::string> names;
+  for (const cpu::Kernels* kernels : cpu::runnable_kernels()) names.push_back(kernels->name);
+  return names;
+}
 
 struct Engine::Impl {
   std::unique_ptr<Device> device;
@@ -37,7 +41,8 @@ struct Engine::Impl {
 namespace {
 
 std::unique_ptr<Device> make_device(const std::string& name, DType act, int threads) {
-  if (name == "cpu") return make_cpu_device(act, threads);
+  if (name == "cpu") return make_cpu_device(act, threads, "");
+  if (name.starts_with("cpu:")) return make_cpu_device(act, threads, name.substr(4));
 #ifdef VLA_WITH_CUDA_DEVICE
   if (name == "cuda") return make_cuda_device(act, 0);
 #else

@@ -18,8 +18,8 @@ namespace vla {
 
 VLA_API const char* version();
 VLA_API bool built_with_cuda();
-// Name of the best instruction set for the CPU device here.
-VLA_API const char* cpu_instruction_set();
+// Names of the instruction sets that the CPU device can use here, the best first.
+VLA_API std::vector<std::string> cpu_instruction_sets();
 
 // Where an operand lies: in the arena shared by all programs, in the program's own tables, or a stored tensor.
 struct Place {
@@ -35,7 +35,7 @@ enum class Phase : int { kAtLoad = 0, kBefore = 1, kLoop = 2, kAfter = 3 };
 
 class VLA_API Engine {
  public:
-  // device: "cpu" or "cuda" (throws std::runtime_error where it cannot be had); threads 0: all processors.
+  // device: "cpu", "cpu:" and an instruction set, or "cuda" (throws std::runtime_error where it cannot be had); threads 0: all processors.
   Engine(const std::string& device, DType act, int threads);
   ~Engine();
   Engine(const Engine&) = delete;

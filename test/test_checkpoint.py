@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tracemalloc
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,42 @@ def test_golden_policies(family: str) -> None:
     assert ckpt.weight_bytes == sum(ckpt.read(n).nbytes for n in ckpt.tensors)
     with pytest.raises(CheckpointError, match=r"model\.nothing is missing"):
         ckpt.read("model.nothing")
+
+
+@pytest.mark.parametrize("family", ["pi0", "pi05"])
+@pytest.mark.parametrize("style", ["openpi", "transformers 4.48", "tied head", "compiled"])
+def test_other_names_of_the_same_weights(family: str, style: str, tmp_path: Path) -> None:
+    golden = read_checkpoint(GOLDEN / family)
+    root = "model.paligemma_with_expert.paligemma."
+
+    def other(name: str) -> str:
+        if style == "compiled":
+            return name.replace("model.", "model._orig_mod.", 1)
+        if style == "tied head":
+            return name.replace("model.language_model.embed_tokens.weight", "lm_head.weight")
+        name = name.replace(".vision_tower.", ".vision_tower.vision_model.")
+        if style == "openpi":
+            swapped = {"time_mlp": "action_time_mlp"} if family == "pi05" else {"action_time_mlp": "time_mlp"}
+            for ours, theirs in swapped.items():
+                name = name.replace(f"model.{ours}", f"model.{theirs}")
+            return name.removeprefix("model.")
+        name = name.replace(f"{root}model.language_model.", f"{root}language_model.model.")
+        return name.replace(f"{root}model.", root)
+
+    policy = Path(shutil.copytree(GOLDEN / family, tmp_path / "p"))
+    layout = {other(n): (i.dtype, i.shape) for n, i in golden.tensors.items()}
+    write_safetensors(policy / "model.safetensors", layout, (golden.read(n) for n in golden.tensors))
+    assert set(layout) != set(golden.tensors)
+    ckpt = read_checkpoint(policy)
+    assert set(golden.tensors) <= set(ckpt.tensors)
+    assert all(np.array_equal(ckpt.read(n), golden.read(n)) for n in golden.tensors)
+
+
+def test_two_names_of_one_tensor(tmp_path: Path) -> None:
+    policy = Path(shutil.copytree(GOLDEN / "pi0", tmp_path / "p"))
+    layout = {"state_proj.bias": ("F32", (1,)), "model.state_proj.bias": ("F32", (1,))}
+    write_safetensors(policy / "model.safetensors", layout, [np.zeros(1, np.float32)] * 2)
+    refused(policy, CheckpointError, r"are both model\.state_proj\.bias")
 
 
 def test_counts_layers() -> None:
@@ -148,12 +186,12 @@ def test_cameras(policy: Path) -> None:
         state = {"observation.state": {"type": "STATE", "shape": [6]}}
         return lambda c: c.__setitem__("input_features", {**entries, **state})
 
-    edit(policy / "config.json", features(left=[3, 8, 9], empty_camera_0=[3, 8, 9], right=[3, 7, 6]))
+    edit(policy / "config.json", features(left=[8, 9, 3], empty_camera_0=[3, 8, 9], right=[3, 7, 6]))
     ckpt = read_checkpoint(policy)
     assert ckpt.cameras == ("observation.images.left", "observation.images.right")
-    assert ckpt.camera_sizes["observation.images.right"] == (7, 6)
+    assert list(ckpt.camera_sizes.values()) == [(8, 9), (7, 6)]
     edit(policy / "config.json", features(depth=[1, 8, 9]))
-    refused(policy, UnsupportedError, "1 channels")
+    refused(policy, UnsupportedError, r"shape \[1, 8, 9\] is not supported")
     edit(policy / "config.json", features(empty_camera_0=[3, 8, 9]))
     refused(policy, CheckpointError, "has no camera")
 
@@ -261,7 +299,7 @@ def test_tokenizer_artifact_cannot_leave_the_directory(policy: Path) -> None:
         step["config"]["tokenizer_name"] = str(outside)
 
     edit(policy / "policy_preprocessor.json", change)
-    refused(policy, CheckpointError, r"no tokenizer\.json in")
+    refused(policy, CheckpointError, r"no tokenizer\.json in .*; copy that of")
 
 
 def test_missing_files_name_the_mend(policy: Path, tmp_path: Path) -> None:
@@ -357,6 +395,31 @@ def test_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert find_in_cache("org/name") is None
     for name in ("org/..", "../name", "org", "org/na me", "org/name/more", "/org/name"):
         assert find_in_cache(name) is None
+
+
+def test_download_only_on_request(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
+        read_checkpoint("org/name", download=True)
+    calls: list[tuple[str, str]] = []
+
+    def snapshot_download(repo_id: str, *, revision: str, allow_patterns: list[str]) -> str:
+        calls.append((repo_id, revision))
+        if repo_id == "org/private":
+            raise RuntimeError("401\nno access")
+        assert not any("bin" in p or p == "*" for p in allow_patterns)  # no pickles
+        return str(policy)
+
+    client = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    with pytest.raises(CheckpointError, match="not in the Hugging Face cache"):
+        read_checkpoint("org/name")
+    assert not calls
+    assert read_checkpoint("org/name", download=True, revision="v1").path == policy
+    assert calls == [("org/name", "v1")]
+    with pytest.raises(CheckpointError, match=r"download failed \(RuntimeError: 401 no access\)"):
+        read_checkpoint("org/private", download=True)
 
 
 def test_cache_location(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def size_bytes(buffer: Buffer, act_bytes: int) -> int:
 
 
 def lifetimes(tape: Tape) -> list[Lifetime]:
-    """When each input, temp and output is alive. What the loop reads or writes and something outside it touches
+    """When each input, temp and output is alive; inputs and outputs to the end. What the loop reads or writes and something outside it touches
     too, or what one iteration leaves for the next, lives through the whole loop."""
     ops = [op for op in tape.ops if not op.at_load]
     looped = [i for i, op in enumerate(ops) if op.loop]
@@ -64,7 +64,8 @@ def lifetimes(tape: Tape) -> list[Lifetime]:
             continue
         at = touched.get(id_, [])
         first = -1 if id_ in given else min(at)
-        last = len(ops) if id_ in kept else max(at, default=-1)
+        # inputs stay: a program run again without filling them must find what was there
+        last = len(ops) if id_ in kept or id_ in given else max(at)
         if id_ not in given and first not in written.get(id_, []):
             raise EngineError(f"tape: {buffer.name} is read before anything is written to it")
         inside = [i for i in at if begin <= i <= end]

@@ -43,6 +43,7 @@ from vla_infer.safetensors_io import (
     read_tensor,
     to_float32,
 )
+from vla_infer.tensor_names import canonical_tensors
 
 PREPROCESSOR = "policy_preprocessor.json"
 POSTPROCESSOR = "policy_postprocessor.json"
@@ -82,6 +83,7 @@ class Checkpoint:
     camera_sizes: dict[str, tuple[int, int]]
     state_dim: int
     action_dim: int
+    #: Weights by canonical name (`vla_infer.tensor_names`).
     tensors: Mapping[str, TensorInfo]
     preprocessor: tuple[ProcessorStep, ...]
     postprocessor: tuple[ProcessorStep, ...]
@@ -99,7 +101,7 @@ class Checkpoint:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors as stored."""
-        return sum(info.nbytes for info in self.tensors.values())
+        return sum(info.nbytes for info in set(self.tensors.values()))
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor is.
@@ -164,9 +166,10 @@ def read_checkpoint(path: str | Path, *, revision: str = "main", download: bool 
         inner = root / "pretrained_model"
         hint = f"; did you mean {inner}" if (inner / "config.json").exists() else ""
         raise CheckpointError(f"{root}: no config.json, so not a LeRobot policy directory{hint}")
-    parse_config(load_json_object(root / "config.json"), str(root / "config.json"))
+    family = parse_config(load_json_object(root / "config.json"), str(root / "config.json")).family
     files = _open_weights(root)
-    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    stored = {name: info for file in files for name, info in file.tensors.items()}
+    tensors = canonical_tensors(family, stored, root)
     return assemble_checkpoint(root, tensors, _sample(files))
 
 

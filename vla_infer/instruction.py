@@ -31,7 +31,7 @@ MAX_INSTRUCTION_CHARS = 1024
 _SPACES = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
 _JOINERS = frozenset("\u200c\u200d")
 _COLONS = ":\u02d0\u02f8\u0589\u05c3\u2236\ua789\ufe13\ufe30\ufe55\uff1a"
-_MARKER = re.compile(rf"(task|state|action)((?:\s*[{_COLONS}])+)", re.IGNORECASE)
+_MARKER = re.compile(rf"(task|state|action)(?:[\s\u200c\u200d]*[{_COLONS}])+", re.IGNORECASE)
 
 
 def clean_instruction(task: object) -> str:

@@ -201,10 +201,11 @@ def _cameras(features: Fields) -> dict[str, tuple[int, int]]:
         feature = features.object(name)
         if feature.text("type") != "VISUAL" or name.startswith(EMPTY_CAMERA):
             continue
-        channels, height, width = feature.sizes("shape", length=3, high=1 << 14)
-        if channels != 3:
+        shape = feature.sizes("shape", length=3, high=1 << 14)
+        if 3 not in (shape[0], shape[2]):
             raise UnsupportedError(
-                f"{feature.where}: {channels} channels are not supported; supported: 3 (RGB)"
+                f"{feature.where}: shape {list(shape)} is not supported; supported: [3, height, width] (RGB)"
             )
-        sizes[name] = (height, width)
+        # Some data sets state (height, width, 3), which LeRobot does not look at.
+        sizes[name] = (shape[1], shape[2]) if shape[0] == 3 else (shape[0], shape[1])
     return sizes

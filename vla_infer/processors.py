@@ -16,14 +16,12 @@ import numpy.typing as npt
 
 from vla_infer.checkpoint import Checkpoint, ProcessorStep
 from vla_infer.errors import CheckpointError, EngineError, ObservationError, UnsupportedError
-from vla_infer.instruction import clean_instruction, neutralize_markers
+from vla_infer.instruction import clean_instruction
 from vla_infer.json_io import show
 from vla_infer.normalize import Array, Normalizer, make_normalizer
 from vla_infer.policy_config import ACTION, FEATURE_TYPES, NORMALIZATION_MODES, STATE
-from vla_infer.tokenizer import PromptTokenizer, load_tokenizer
-
-#: Edges of π0.5's state bins: bin k of 256 is [-1 + k/128, -1 + (k+1)/128); below is -1, above is 255.
-_BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
+from vla_infer.processor_steps import NewLine, Normalize, Relative, StatePrompt, Step, Tokenize, Work
+from vla_infer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,124 +36,11 @@ class Encoded:
     prompt: str
 
 
-@dataclass
-class _Work:
-    """What the preprocessor's steps pass on."""
-
-    raw_state: Array
-    state: Array
-    prompt: str
-    #: Sets the prompt from a shorter instruction, when a step wrapped it; for truncation.
-    wrap: Callable[[str], str] | None = None
-    instruction: str = ""
-    tokens: npt.NDArray[np.int32] | None = None
-
-
-class _Step:
-    """A step that does nothing here (batching, devices); the base of the others."""
-
-    def observe(self, work: _Work) -> None:
-        """Preprocessor: change `work` in place."""
-
-    def forward(self, actions: Array, raw_state: Array) -> Array:
-        """Preprocessor: actions (..., action_dim) one step towards model units."""
-        return actions
-
-    def backward(self, actions: Array, raw_state: Array) -> Array:
-        """Postprocessor: actions (..., action_dim) one step towards robot units."""
-        return actions
-
-
-class _NewLine(_Step):
-    """The prompt ends with one line break."""
-
-    def observe(self, work: _Work) -> None:
-        work.prompt += "\n"
-
-
-class _Tokenize(_Step):
-    def __init__(self, tokenizer: PromptTokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def observe(self, work: _Work) -> None:
-        if work.wrap is not None:
-            work.prompt = self._fit(work.wrap, work.instruction)
-        work.tokens = self.tokenizer.encode(work.prompt)
-
-    def _fit(self, wrap: Callable[[str], str], instruction: str) -> str:
-        """The prompt with as much of the instruction as fits, so that what follows it is never cut."""
-
-        def fits(length: int) -> bool:
-            return self.tokenizer.count(wrap(instruction[:length].rstrip())) <= self.tokenizer.max_length
-
-        if fits(len(instruction)):
-            return wrap(instruction)
-        low, high = 0, len(instruction)  # the longest prefix that fits is in [low, high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        while low > 0 and not fits(low):
-            low -= 1
-        if not fits(low):
-            raise ObservationError(
-                f"state: the prompt without any instruction is above {self.tokenizer.max_length} tokens"
-            )
-        return wrap(instruction[:low].rstrip())
-
-
-class _StatePrompt(_Step):
-    """π0.5: the normalised state as numbers 0 to 255 (-1 below the range) in the prompt."""
-
-    def observe(self, work: _Work) -> None:
-        bins = np.digitize(work.state, _BIN_EDGES) - 1
-        numbers = " ".join(str(int(b)) for b in bins)
-        work.instruction = neutralize_markers(work.prompt)
-        work.wrap = lambda task: f"Task: {task}, State: {numbers};\nAction: "
-        work.prompt = work.wrap(work.instruction)
-
-
-class _Relative(_Step):
-    """Actions relative to the state in the dimensions of `mask`: relative = absolute - state."""
-
-    def __init__(self, mask: npt.NDArray[np.bool_]) -> None:
-        self.mask = mask
-
-    def _offset(self, raw_state: Array) -> Array:
-        return raw_state[: len(self.mask)] * self.mask.astype(np.float32)
-
-    def forward(self, actions: Array, raw_state: Array) -> Array:
-        return actions - self._offset(raw_state)
-
-    def backward(self, actions: Array, raw_state: Array) -> Array:
-        return actions + self._offset(raw_state)
-
-
-class _Normalize(_Step):
-    def __init__(self, state: Normalizer, action: Normalizer) -> None:
-        self.state = state
-        self.action = action
-
-    def observe(self, work: _Work) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            work.state = self.state.normalize(work.state)
-        if not bool(np.isfinite(work.state).all()):
-            worst = int(np.argmin(np.isfinite(work.state)))
-            raise ObservationError(
-                f"state[{worst}]: {float(work.raw_state[worst]):g} is too far from the policy's statistics"
-            )
-
-    def forward(self, actions: Array, raw_state: Array) -> Array:
-        return self.action.normalize(actions)
-
-    def backward(self, actions: Array, raw_state: Array) -> Array:
-        return self.action.unnormalize(actions)
-
-
 class Processors:
     """A policy's two pipelines; made by `build_processors`. Safe to use from several threads."""
 
     def __init__(
-        self, ckpt: Checkpoint, before: list[_Step], after: list[_Step], rename_map: dict[str, str]
+        self, ckpt: Checkpoint, before: list[Step], after: list[Step], rename_map: dict[str, str]
     ) -> None:
         self.state_dim = ckpt.state_dim
         self.action_dim = ckpt.action_dim
@@ -167,7 +52,7 @@ class Processors:
     @property
     def max_tokens(self) -> int:
         """Most tokens that `encode` returns."""
-        return max(step.tokenizer.max_length for step in self._before if isinstance(step, _Tokenize))
+        return max(step.tokenizer.max_length for step in self._before if isinstance(step, Tokenize))
 
     def encode(self, state: npt.NDArray[np.floating], task: str) -> Encoded:
         """Normalise the state and tokenize the instruction.
@@ -181,7 +66,7 @@ class Processors:
                 the instruction is not acceptable.
         """
         raw = self._check_state(state)
-        work = _Work(raw_state=raw, state=raw, prompt=clean_instruction(task))
+        work = Work(raw_state=raw, state=raw, prompt=clean_instruction(task))
         for step in self._before:
             step.observe(work)
         assert work.tokens is not None  # build_processors made sure that a step tokenizes
@@ -226,7 +111,8 @@ class Processors:
             ObservationError: shapes differ, or values are not finite.
         """
         raw = self._check_state(state_raw)
-        result = np.array(robot_actions, np.float32)
+        with np.errstate(over="ignore"):
+            result = np.array(robot_actions, np.float32)
         if result.ndim != 2 or result.shape[1] != self.action_dim or not bool(np.isfinite(result).all()):
             raise ObservationError(f"actions: expected finite (H, {self.action_dim}), got {result.shape}")
         with np.errstate(over="ignore", invalid="ignore"):
@@ -259,33 +145,31 @@ def build_processors(ckpt: Checkpoint) -> Processors:
     builder = _Builder(ckpt)
     before = [builder.build(step, _BEFORE, "preprocessor") for step in ckpt.preprocessor]
     after = [builder.build(step, _AFTER, "postprocessor") for step in ckpt.postprocessor]
-    if sum(isinstance(step, _Tokenize) for step in before) != 1:
+    if sum(isinstance(step, Tokenize) for step in before) != 1:
         raise CheckpointError(f"{ckpt.path}: the preprocessor needs exactly one tokenizer_processor")
     _check_order(ckpt, before, after)
     return Processors(ckpt, before, after, builder.rename_map)
 
 
-def _check_order(ckpt: Checkpoint, before: list[_Step], after: list[_Step]) -> None:
+def _check_order(ckpt: Checkpoint, before: list[Step], after: list[Step]) -> None:
     """Both pipelines must be each other's inverse, and a prompt step must see the normalised state."""
-    kinds = (_Relative, _Normalize)
+    kinds = (Relative, Normalize)
     forward = [type(step) for step in before if isinstance(step, kinds)]
     backward = [type(step) for step in after if isinstance(step, kinds)]
-    if backward != forward[::-1] or _Normalize not in forward or len(forward) != len(set(forward)):
+    if backward != forward[::-1] or Normalize not in forward or len(forward) != len(set(forward)):
         raise UnsupportedError(
             f"{ckpt.path}: the postprocessor does not undo what the preprocessor does to actions; expected "
             "relative_actions, normalizer and then unnormalizer, absolute_actions, each once or not at all"
         )
-    if forward == [_Normalize, _Relative]:
+    if forward == [Normalize, Relative]:
         raise UnsupportedError(f"{ckpt.path}: relative_actions_processor after normalizer_processor")
     order = [type(step) for step in before]
-    prompts = [i for i, kind in enumerate(order) if kind in (_StatePrompt, _NewLine)]
-    if any(i > order.index(_Tokenize) for i in prompts) or len(prompts) > 1:
+    prompts = [i for i, kind in enumerate(order) if kind in (StatePrompt, NewLine)]
+    if any(i > order.index(Tokenize) for i in prompts) or len(prompts) > 1:
         raise UnsupportedError(f"{ckpt.path}: expected one prompt step before tokenizer_processor")
-    if (_StatePrompt in order) != (ckpt.family == "pi05"):
-        raise UnsupportedError(
-            f"{ckpt.path}: {ckpt.family} with or without the state in its prompt is not supported"
-        )
-    if _StatePrompt in order and order.index(_StatePrompt) < order.index(_Normalize):
+    if (StatePrompt in order) != (ckpt.family == "pi05"):
+        raise UnsupportedError(f"{ckpt.path}: pi05 needs the state in its prompt, and only pi05 does")
+    if StatePrompt in order and order.index(StatePrompt) < order.index(Normalize):
         raise UnsupportedError(f"{ckpt.path}: the state enters the prompt before it is normalised")
 
 
@@ -300,9 +184,9 @@ class _Builder:
     def build(
         self,
         step: ProcessorStep,
-        table: Mapping[str, Callable[[_Builder, ProcessorStep], _Step]],
+        table: Mapping[str, Callable[[_Builder, ProcessorStep], Step]],
         pipeline: str,
-    ) -> _Step:
+    ) -> Step:
         make = table.get(step.name)
         if make is None:
             raise UnsupportedError(
@@ -311,49 +195,49 @@ class _Builder:
             )
         return make(self, step)
 
-    def nothing(self, step: ProcessorStep) -> _Step:
-        return _Step()
+    def nothing(self, step: ProcessorStep) -> Step:
+        return Step()
 
-    def device(self, step: ProcessorStep) -> _Step:
+    def device(self, step: ProcessorStep) -> Step:
         if step.config.data.get("float_dtype") not in (None, "float32"):
             raise UnsupportedError(
                 f"{step.where}: float_dtype = {show(step.config.data['float_dtype'])} is not supported; "
                 "supported: null, float32"
             )
-        return _Step()
+        return Step()
 
-    def rename(self, step: ProcessorStep) -> _Step:
+    def rename(self, step: ProcessorStep) -> Step:
         self.rename_map.update(step.config.string_map("rename_map"))
-        return _Step()
+        return Step()
 
-    def new_line(self, step: ProcessorStep) -> _Step:
-        return _NewLine()
+    def new_line(self, step: ProcessorStep) -> Step:
+        return NewLine()
 
-    def tokenize(self, step: ProcessorStep) -> _Step:
-        return _Tokenize(load_tokenizer(self.ckpt, step))
+    def tokenize(self, step: ProcessorStep) -> Step:
+        return Tokenize(load_tokenizer(self.ckpt, step))
 
-    def state_prompt(self, step: ProcessorStep) -> _Step:
+    def state_prompt(self, step: ProcessorStep) -> Step:
         if step.config.text("task_key", "task") != "task":
             raise UnsupportedError(f"{step.where}: another task_key than task is not supported")
-        return _StatePrompt()
+        return StatePrompt()
 
-    def relative(self, step: ProcessorStep) -> _Step:
+    def relative(self, step: ProcessorStep) -> Step:
         config = step.config
         exclude, names = config.strings("exclude_joints"), config.strings("action_names")
         if not config.boolean("enabled", default=False):
-            return _Step()
+            return Step()
         if self.ckpt.state_dim < self.ckpt.action_dim:
             raise CheckpointError(
                 f"{step.where}: actions relative to the state need as many state values as actions, got "
                 f"{self.ckpt.state_dim} and {self.ckpt.action_dim}"
             )
         self._mask = _relative_mask(self.ckpt.action_dim, exclude or [], names)
-        return _Relative(self._mask)
+        return Relative(self._mask)
 
-    def absolute(self, step: ProcessorStep) -> _Step:
-        return _Relative(self._mask) if step.config.boolean("enabled", default=False) else _Step()
+    def absolute(self, step: ProcessorStep) -> Step:
+        return Relative(self._mask) if step.config.boolean("enabled", default=False) else Step()
 
-    def normalizer(self, step: ProcessorStep) -> _Step:
+    def normalizer(self, step: ProcessorStep) -> Step:
         modes = step.config.object("norm_map")
         for kind in modes.data:
             if kind not in FEATURE_TYPES:
@@ -366,20 +250,22 @@ class _Builder:
         features = step.config.object("features")
         keys = step.config.strings("normalize_observation_keys")
 
-        def make(key: str, kind: str, dim: int) -> Normalizer:
-            mode = modes.text(kind, "IDENTITY", choices=NORMALIZATION_MODES)
-            if key not in features.data or (kind == "STATE" and keys is not None and key not in keys):
-                mode = "IDENTITY"  # LeRobot normalises the features that are listed
-            else:
+        def make(key: str, kind: str, dim: int, *, listed: bool) -> Normalizer:
+            if key in features.data:
+                kind = features.object(key).text("type", choices=FEATURE_TYPES)
                 (size,) = features.object(key).sizes("shape", length=1)
                 if size != dim:
                     raise CheckpointError(
                         f"{features.where}: {key} has {size} values, config.json states {dim}"
                     )
+            mode = modes.text(kind, "IDENTITY", choices=NORMALIZATION_MODES) if listed else "IDENTITY"
             return make_normalizer(mode, key, dim, stats, eps=eps, where=step.where)
 
-        return _Normalize(
-            make(STATE, "STATE", self.ckpt.state_dim), make(ACTION, "ACTION", self.ckpt.action_dim)
+        # LeRobot normalises the observations that are listed, and actions always.
+        listed = STATE in features.data and (keys is None or STATE in keys)
+        return Normalize(
+            make(STATE, "STATE", self.ckpt.state_dim, listed=listed),
+            make(ACTION, "ACTION", self.ckpt.action_dim, listed=True),
         )
 
 
@@ -396,7 +282,7 @@ def _relative_mask(dim: int, exclude: list[str], names: list[str] | None) -> npt
     return mask
 
 
-_BEFORE: Mapping[str, Callable[[_Builder, ProcessorStep], _Step]] = {
+_BEFORE: Mapping[str, Callable[[_Builder, ProcessorStep], Step]] = {
     "rename_observations_processor": _Builder.rename,
     "to_batch_processor": _Builder.nothing,
     "smolvla_new_line_processor": _Builder.new_line,
@@ -407,7 +293,7 @@ _BEFORE: Mapping[str, Callable[[_Builder, ProcessorStep], _Step]] = {
     "relative_actions_processor": _Builder.relative,
     "normalizer_processor": _Builder.normalizer,
 }
-_AFTER: Mapping[str, Callable[[_Builder, ProcessorStep], _Step]] = {
+_AFTER: Mapping[str, Callable[[_Builder, ProcessorStep], Step]] = {
     "unnormalizer_processor": _Builder.normalizer,
     "absolute_actions_processor": _Builder.absolute,
     "device_processor": _Builder.device,

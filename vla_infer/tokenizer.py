@@ -151,7 +151,9 @@ def find_tokenizer(ckpt: Checkpoint, step: ProcessorStep) -> Path:
             if (directory / "tokenizer.json").exists():
                 return directory
     if not is_repo_id(name):
-        raise CheckpointError(f"{step.where}: no tokenizer.json in {ckpt.path / 'tokenizer'} ({show(name)})")
+        raise CheckpointError(
+            f"{step.where}: no tokenizer.json in {ckpt.path / 'tokenizer'}; copy that of {show(name)} there"
+        )
     cached = find_in_cache(name)
     if cached is not None and (cached / "tokenizer.json").exists():
         return cached

@@ -9,16 +9,18 @@
 namespace vla {
 namespace cpu {
 
-const Kernels& best_kernels() {
+std::vector<const Kernels*> runnable_kernels() {
+  std::vector<const Kernels*> list;
 #ifdef __x86_64__
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return avx512bf16_kernels();
-  if (avx512) return avx512_kernels();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels();
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) list.push_back(&avx512bf16_kernels());
+  if (avx512) list.push_back(&avx512_kernels());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2_kernels());
 #endif
-  return generic_kernels();
+  list.push_back(&generic_kernels());
+  return list;
 }
 
 namespace {
@@ -75,7 +77,7 @@ class CpuPlan final : public Plan {
 
 class CpuDevice final : public Device {
  public:
-  CpuDevice(DType act, int threads) : act_(act), threads_(threads), kernels_(best_kernels()) {}
+  CpuDevice(DType act, int threads, const Kernels& kernels) : act_(act), threads_(threads), kernels_(kernels) {}
 
   std::string name() const override {
     return std::string("cpu (") + kernels_.name + ", " + std::to_string(threads_.count()) + " threads)";
@@ -177,8 +179,15 @@ void CpuPlan::run() {
 }  // namespace
 }  // namespace cpu
 
-std::unique_ptr<Device> make_cpu_device(DType act, int threads) {
-  return std::make_unique<cpu::CpuDevice>(act, threads);
+std::unique_ptr<Device> make_cpu_device(DType act, int threads, const std::string& instruction_set) {
+  std::string known;
+  for (const cpu::Kernels* kernels : cpu::runnable_kernels()) {
+    if (instruction_set.empty() || instruction_set == kernels->name) {
+      return std::make_unique<cpu::CpuDevice>(act, threads, *kernels);
+    }
+    known += std::string(known.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::runtime_error("engine: device 'cpu:" + instruction_set + "': this processor runs " + known);
 }
 
 }  // namespace vla

@@ -30,7 +30,7 @@ const Kernels& avx512_kernels();
 const Kernels& avx512bf16_kernels();
 #endif
 
-// The best set that this processor runs.
-const Kernels& best_kernels();
+// The sets that this processor runs, the best first.
+std::vector<const Kernels*> runnable_kernels();
 
 }  // namespace vla::cpu

@@ -1,4 +1,4 @@
 #define VLA_ISA avx512
-#define VLA_ISA_NAME "AVX-512"
+#define VLA_ISA_NAME "avx512"
 #define VLA_ISA_ENTRY avx512_kernels
 #include "cpu/kernels.inc"

@@ -1,0 +1,108 @@
+"""The engine under a policy: memory, repeatability, what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vla_infer.engine import Engine
+from vla_infer.errors import EngineError
+from vla_infer.tape import Tape, Weight
+
+HERE = Path(__file__).parent
+
+COUNT = """
+import ctypes, sys
+import numpy as np
+import vla_infer
+policy = vla_infer.load_policy(sys.argv[1], precision=sys.argv[2], threads=2)
+image = np.full((48, 80, 3), 128, np.uint8)
+policy.predict({name: image for name in policy.info.cameras}, np.zeros(policy.info.state_dim), "go")
+program = policy._programs[0][1]
+count = ctypes.CDLL(None).allocations
+count.restype = ctypes.c_long
+taken = []
+for times in (1, 101):
+    before = count()
+    program.run(times)
+    taken.append(count() - before)
+print(*taken, count())
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_heap_allocation_in_100_inferences(tmp_path: Path, precision: str) -> None:
+    """1 and 101 inferences take the same number of blocks from the heap: those of the Python call."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler and glibc for the counter")
+    library = tmp_path / "count.so"
+    source = str(HERE / "count_allocations.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", str(library)], check=True)
+    command = [sys.executable, "-c", COUNT, str(HERE / "golden" / "smolvla"), precision]
+    paths = ":".join(p for p in sys.path if p)
+    run = subprocess.run(
+        command,
+        env={"LD_PRELOAD": str(library), "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    once, more, total = map(int, run.stdout.split())
+    assert total > 1000, "the counter counts nothing"
+    assert more == once
+
+
+def one_product(*, rows: int = 4) -> Tape:
+    t = Tape()
+    t.output("y", t.linear(t.input("x", (rows, 8), "f32"), Weight("w", 8, 8)))
+    return t
+
+
+def test_programs_share_weights() -> None:
+    reads = []
+
+    def read(name: str) -> np.ndarray:
+        reads.append(name)
+        return np.eye(8, dtype=np.float32)
+
+    engine = Engine([one_product(rows=r) for r in (1, 4, 9)], read)
+    assert reads == ["w"]
+    for program in engine.programs:
+        program.inputs["x"][...] = 2.0
+        program.run()
+        np.testing.assert_array_equal(program.result("y"), program.inputs["x"])
+
+
+def test_result_is_the_callers_own() -> None:
+    program = Engine([one_product()], lambda _: np.eye(8, dtype=np.float32)).programs[0]
+    program.inputs["x"][...] = 1.0
+    program.run()
+    first = program.result("y")
+    program.inputs["x"][...] = 3.0
+    program.run()
+    assert (first == 1.0).all()
+    assert (program.result("y") == 3.0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "expected 'cpu' or 'cuda', got 'tpu'"),
+        ({"device": "cpu:mmx"}, "'cpu:mmx': this processor runs .*generic"),
+        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, got 'fp8'"),
+    ],
+)
+def test_refuses(options: dict[str, str], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        Engine([one_product()], lambda _: np.eye(8, dtype=np.float32), **options)
+
+
+def test_weight_of_the_wrong_shape() -> None:
+    with pytest.raises(EngineError, match=r"w: expected \(8, 8\), got \(8, 9\)"):
+        Engine([one_product()], lambda _: np.zeros((8, 9), np.float32))
