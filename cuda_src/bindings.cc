@@ -101,6 +101,7 @@ PYBIND11_MODULE(_engine, m) {
              return over(self, self.cast<vla::Program&>().output(index), t);
            })
       .def("use", &vla::Program::use)
+      .def("profile", &vla::Program::profile, py::call_guard<py::gil_scoped_release>())
       .def("run",
            [](vla::Program& p, int times) {
              for (int i = 0; i < times; ++i) p.run();

@@ -188,5 +188,6 @@ std::byte* Program::input(int index) { return finished(impl_->plan).input(index)
 const std::byte* Program::output(int index) { return finished(impl_->plan).output(index); }
 void Program::use(int index, size_t bytes) { finished(impl_->plan).use(index, bytes); }
 void Program::run() { finished(impl_->plan).run(); }
+std::vector<double> Program::profile() { return finished(impl_->plan).profile(); }
 
 }  // namespace vla

@@ -73,6 +73,8 @@ class VLA_API Program {
   const std::byte* output(int index);
   void use(int index, size_t bytes);
   void run();
+  // Seconds of each operation that is not run at load, in the order they were added.
+  std::vector<double> profile();
 
  private:
   struct Impl;

@@ -41,6 +41,7 @@ class Program:
             self._native.add(_PHASES[phase], op.kind, operands, weights, dict(op.attrs))
         inputs = [(name, self._place(t)) for name, t in tape.inputs.items()]
         outputs = [(name, self._place(t)) for name, t in tape.outputs.items()]
+        self._stages = [op.stage for op in tape.ops if not op.at_load]
         self._native.finish(tape.steps, [p for _, p in inputs], [p for _, p in outputs])
         # float32, int32 and uint8 views of memory that the engine owns; bfloat16 shows as uint16
         self.inputs = {name: self._native.input(i, p) for i, (name, p) in enumerate(inputs)}
@@ -66,6 +67,14 @@ class Program:
     def run(self, times: int = 1) -> None:
         """Inputs to outputs, `times` times over, without the interpreter's lock."""
         self._native.run(times)
+
+    def profile(self) -> dict[str, float]:
+        """Seconds by stage of one run, operation by operation; empty where the device cannot tell."""
+        seconds = self._native.profile()
+        stages: dict[str, float] = {}
+        for stage, s in zip(self._stages, seconds, strict=False):
+            stages[stage] = stages.get(stage, 0.0) + s
+        return stages
 
     def result(self, name: str) -> npt.NDArray[np.float32]:
         """A copy of an output as float32."""

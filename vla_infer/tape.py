@@ -121,7 +121,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Op:
-    """One recorded operation. `loop` is true inside the loop, `at_load` when nothing of it depends on inputs."""
+    """One recorded operation. `loop` is true inside the loop, `at_load` when nothing of it depends on inputs;
+    `stage` is what time spent in it is put down to."""
 
     kind: str
     operands: Mapping[str, Tensor]
@@ -129,6 +130,7 @@ class Op:
     attrs: Mapping[str, float]
     loop: bool
     at_load: bool
+    stage: str = ""
 
     @property
     def writes(self) -> tuple[Tensor, ...]:
@@ -153,6 +155,7 @@ class Tape:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
+    stage: str = ""  # of the operations recorded from now on
     _in_loop: bool = False
     _params: dict[str, Tensor] = field(default_factory=dict)
     _tables: set[int] = field(default_factory=set)
@@ -227,7 +230,7 @@ class Tape:
                 if name not in writes
             )
         )
-        op = Op(kind, given, weights, dict(attrs or {}), self._in_loop, fixed)
+        op = Op(kind, given, weights, dict(attrs or {}), self._in_loop, fixed, self.stage)
         if fixed:
             self._tables.update(t.buffer.id for t in op.writes)
         self.ops.append(op)

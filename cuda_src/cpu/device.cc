@@ -1,4 +1,5 @@
 // The CPU as a device: memory, packing, and the plan that runs operation after operation on the pool.
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -69,6 +70,7 @@ class CpuPlan final : public Plan {
   const std::byte* output(int index) override { return script_.outputs.at(index).base; }
   void use(int, size_t) override {}
   void run() override;
+  std::vector<double> profile() override;
 
  private:
   const CpuDevice& device_;
@@ -151,6 +153,15 @@ class CpuDevice final : public Device {
     for (const Op& op : ops) kernels_.run(op, context, step);
   }
 
+  void profile(const std::vector<Op>& ops, int step, double* seconds) const {
+    const Context context{&threads_, scratch_.get(), act_};
+    for (const Op& op : ops) {
+      const auto start = std::chrono::steady_clock::now();
+      kernels_.run(op, context, step);
+      *seconds++ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+  }
+
  private:
   // Plans share one scratch: it only grows while plans are made.
   void reserve(const std::vector<Op>& ops) {
@@ -174,6 +185,16 @@ void CpuPlan::run() {
   device_.run(script_.before, 0);
   for (int step = 0; step < script_.steps; ++step) device_.run(script_.body, step);
   device_.run(script_.after, 0);
+}
+
+std::vector<double> CpuPlan::profile() {
+  std::vector<double> seconds(script_.before.size() + script_.body.size() + script_.after.size());
+  double* at = seconds.data();
+  device_.profile(script_.before, 0, at);
+  at += script_.before.size();
+  for (int step = 0; step < script_.steps; ++step) device_.profile(script_.body, step, at);
+  device_.profile(script_.after, 0, at + script_.body.size());
+  return seconds;
 }
 
 }  // namespace
