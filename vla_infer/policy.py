@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +85,9 @@ class Policy:
         tapes = [model.record(self._sizes, prompt=b, frame_bytes=frame_bytes) for b in buckets]
         check_weights(ckpt, tapes[0])
 
-        def read(name: str) -> npt.NDArray[np.generic]:
-            dtype = ckpt.info(name).dtype
-            values = ckpt.read(name)
-            return values if dtype in ("F32", "BF16") else to_float32(values, dtype)
-
-        self._engine: Engine | None = Engine(tapes, read, device=device, precision=precision, threads=threads)
+        self._engine: Engine | None = Engine(
+            tapes, weight_reader(ckpt), device=device, precision=precision, threads=threads
+        )
         self._programs = list(zip(buckets, self._engine.programs, strict=True))
         self._lock = threading.Lock()
         self._generator = np.random.default_rng(0)
@@ -253,6 +250,17 @@ class Policy:
                 "(max_image)"
             )
         return int(height), int(width)
+
+
+def weight_reader(ckpt: Checkpoint) -> Callable[[str], npt.NDArray[np.generic]]:
+    """Reads tensors as the engine takes them: float32, or bfloat16 bits as uint16."""
+
+    def read(name: str) -> npt.NDArray[np.generic]:
+        dtype = ckpt.info(name).dtype
+        values: npt.NDArray[np.generic] = ckpt.read(name)
+        return values if dtype in ("F32", "BF16") else to_float32(values, dtype)
+
+    return read
 
 
 def check_weights(ckpt: Checkpoint, tape: Tape) -> None:
