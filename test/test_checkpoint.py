@@ -104,12 +104,16 @@ def test_two_names_of_one_tensor(tmp_path: Path) -> None:
     refused(policy, CheckpointError, r"are both model\.state_proj\.bias")
 
 
-def test_counts_layers() -> None:
+def test_counts_layers(policy: Path) -> None:
     ckpt = read_checkpoint(GOLDEN / "smolvla")
     assert ckpt.count("model.vlm_with_expert.vlm.model.vision_model.encoder.layers") == 3
     assert ckpt.count("model.vlm_with_expert.vlm.model.text_model.layers") == 4
     with pytest.raises(CheckpointError, match="missing or have a gap"):
         ckpt.count("model.vlm_with_expert.vlm.model.text_model")
+    layout = {f"model.layers.{i}.w": ("F32", (1,)) for i in (0, 1, 3)}
+    write_safetensors(policy / "model.safetensors", layout, [np.zeros(1, np.float32)] * 3)
+    with pytest.raises(CheckpointError, match="missing or have a gap"):
+        read_checkpoint(policy).count("model.layers")
 
 
 def test_reading_a_checkpoint_does_not_read_its_weights(policy: Path) -> None:

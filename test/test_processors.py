@@ -222,7 +222,9 @@ def test_identity_and_a_mode_that_is_not_stated(pi0: Path) -> None:
         processors = build(pi0)
         assert np.array_equal(processors.encode(STATE, "x").state, STATE)
         chunk = np.arange(64, dtype=np.float32).reshape(2, 32)
-        assert np.array_equal(processors.decode(chunk, STATE), chunk[:, :6])
+        robot = processors.decode(chunk, STATE)
+        assert np.array_equal(robot, chunk[:, :6])
+        assert not np.shares_memory(robot, chunk)
 
 
 def test_a_state_that_is_not_listed_stays(pi0: Path) -> None:

@@ -2,7 +2,7 @@
 
     IDENTITY    y = x
     MEAN_STD    y = (x - mean) / (std + eps)            x = y * std + mean
-    MIN_MAX     y = 2 (x - min) / d - 1                 x = (y + 1) / 2 * d + min,    d = max - min
+    MIN_MAX     y = 2 (x - min) / d - 1                 x = (y + 1) * d / 2 + min,    d = max - min
     QUANTILES   y = 2 (x - q01) / d - 1                 x = (y + 1) * d / 2 + q01,    d = q99 - q01
     QUANTILE10  the same with q10 and q90
 
@@ -53,9 +53,7 @@ class Normalizer:
             return values
         if self.mode == "MEAN_STD":
             result: Array = values * self.second + self.first
-        elif self.mode == "MIN_MAX":
-            result = (values + np.float32(1)) / np.float32(2) * self.second + self.first
-        else:
+        else:  # halving is exact, so its place in the product does not matter
             result = (values + np.float32(1)) * self.second / np.float32(2) + self.first
         return result
 
