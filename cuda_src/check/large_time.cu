@@ -1,0 +1,415 @@
+// Times the large kernels on the sizes of the policies, and the whole of vision and prefix as one graph.
+// Usage: large_time [sweep] — with "sweep", every tile of the Hopper product on every size.
+// Times are of launches inside a CUDA graph, weights rotating among sets larger than the second-level cache.
+#include <algorithm>
+#include <functional>
+
+#include "../cuda/common.cuh"
+#include "../cuda/large/product.cuh"
+#include "../cuda/large/rows.cuh"
+#include "device.cuh"
+
+namespace vla::check {
+namespace {
+
+using cuda::bf16;
+using cuda::Launch;
+
+Launch base;
+
+__global__ void fill_kernel(bf16* to, int64_t n, uint32_t seed, float size) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += gridDim.x * blockDim.x) {
+    uint32_t h = static_cast<uint32_t>(i) * 2654435761u ^ seed;
+    h = (h ^ h >> 15) * 2246822519u;
+    h = (h ^ h >> 13) * 3266489917u;
+    h ^= h >> 16;
+    to[i] = __float2bfloat16(size * (static_cast<float>(h) * 0x1p-31f - 1.0f));
+  }
+}
+std::byte* random_bf16(int64_t n, float size) {
+  std::byte* to = device(n * 2);
+  fill_kernel<<<1024, 256>>>(reinterpret_cast<bf16*>(to), n, generator()(), size);
+  CUDA_OK(cudaGetLastError());
+  return to;
+}
+View matrix(int rows, int cols, float size = 1.0f) {
+  View v;
+  v.rows = rows;
+  v.cols = cols;
+  v.ld = cuda::round_up(cols, 8);
+  v.dtype = DType::kBF16;
+  v.base = random_bf16(rows * v.ld, size);
+  return v;
+}
+View floats(int rows, int cols) {
+  Matrix m = Matrix::random(rows, cols, DType::kF32, 0, -1, 1);
+  return m.view;
+}
+Weight weight(Packing packing, std::vector<int> n, int k) {
+  const size_t bytes = cuda::packed_bytes_large(packing, n, k);
+  return {random_bf16(bytes / 2, std::sqrt(3.0f / k)), DType::kBF16, packing, k, n};
+}
+
+// Seconds of one pass of `record`, which launches on the stream it is given: median of replays.
+double time_graph(const std::function<void(Launch)>& record, int replays) {
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  Launch at = base;
+  CUDA_OK(cudaStreamBeginCapture(at.stream, cudaStreamCaptureModeThreadLocal));
+  record(at);
+  CUDA_OK(cudaStreamEndCapture(at.stream, &graph));
+  CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+  cudaEvent_t start, stop;
+  CUDA_OK(cudaEventCreate(&start));
+  CUDA_OK(cudaEventCreate(&stop));
+  std::vector<float> times;
+  for (int i = 0; i < replays + 2; ++i) {
+    CUDA_OK(cudaEventRecord(start, at.stream));
+    CUDA_OK(cudaGraphLaunch(executable, at.stream));
+    CUDA_OK(cudaEventRecord(stop, at.stream));
+    CUDA_OK(cudaEventSynchronize(stop));
+    float ms;
+    CUDA_OK(cudaEventElapsedTime(&ms, start, stop));
+    if (i >= 2) times.push_back(ms);
+  }
+  CUDA_OK(cudaGetLastError());
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2] * 1e-3;
+}
+// Seconds of one launch among `count`.
+double time_each(const std::function<cudaError_t(const Launch&, int)>& launch, int count, int replays = 5) {
+  return time_graph(
+             [&](Launch at) {
+               for (int i = 0; i < count; ++i) {
+                 at.pdl = i > 0;
+                 CUDA_OK(launch(at, i));
+               }
+             },
+             replays) /
+         count;
+}
+
+struct Size {
+  const char* name;
+  cuda::ProductKind kind;
+  int m, k;
+  std::vector<int> n;
+  int head_dim;
+  Act act;
+};
+constexpr auto kL = cuda::ProductKind::kLinear;
+constexpr auto kG = cuda::ProductKind::kGated;
+constexpr auto kQ = cuda::ProductKind::kQkv;
+
+void time_product(const Size& s, bool sweep) {
+  int64_t rows = 0;
+  for (int n : s.n) rows += n;
+  const double operations = 2.0 * s.m * s.k * rows, bytes = 2.0 * rows * s.k;
+  const int sets = std::max(2, static_cast<int>(200e6 / bytes) + 1), count = std::max(16, std::min(sets, 64));
+  std::vector<Weight> weights;
+  for (int i = 0; i < std::min(sets, 64); ++i) {
+    weights.push_back(weight(s.kind == kG ? Packing::kInterleaved : Packing::kStacked, s.n, s.k));
+  }
+  View x = matrix(s.m, s.k), out = matrix(s.m, static_cast<int>(s.kind == kG ? s.n[0] : rows)),
+       residual = matrix(s.m, out.cols);
+  View bias = floats(1, out.cols), rope = floats(s.m, std::max(2, s.head_dim)), positions = floats(s.m, 1);
+  CUDA_OK(cudaMemset(positions.base, 0, s.m * 4));
+  const auto product = [&](int i) {
+    Launch at = base;
+    cuda::Product p;
+    const Weight& w = weights[i % weights.size()];
+    if (s.kind == kL) {
+      Linear op;
+      op.x = x, op.w = w, op.out = out, op.act = s.act, op.bias = bias;
+      if (s.act == Act::kNone) op.residual = residual;
+      CUDA_OK(cuda::make_product(op, at, &p));
+    } else if (s.kind == kG) {
+      GatedLinear op;
+      op.x = x, op.w = w, op.out = out, op.act = s.act;
+      CUDA_OK(cuda::make_product(op, at, &p));
+    } else {
+      Qkv op;
+      op.x = x, op.w = w, op.head_dim = s.head_dim;
+      int column = 0;
+      View* const parts[3] = {&op.q, &op.k, &op.v};
+      for (int part = 0; part < 3; ++part) {
+        *parts[part] = out;
+        parts[part]->cols = s.n[part];
+        parts[part]->base += 2 * column;
+        column += s.n[part];
+      }
+      if (s.head_dim != 72) op.rope = rope, op.positions = positions;
+      CUDA_OK(cuda::make_product(op, at, &p));
+    }
+    return p;
+  };
+  struct Timed {
+    cuda::Tile tile;
+    double seconds;
+  };
+  std::vector<Timed> all;
+  const auto timed = [&](const cuda::Tile& tile) {
+    return time_each([&](const Launch& at, int i) { return cuda::product_sm90(product(i), tile, at); },
+                     count);
+  };
+  const cuda::Tile chosen = cuda::choose_tile_sm90(product(0), base.sms);
+  const double seconds = timed(chosen), again = timed(chosen);
+  const double portable =
+      time_each([&](const Launch& at, int i) { return cuda::product_sm80(product(i), at); }, count);
+  std::printf(
+      "%-18s m=%-4d n=%-5lld k=%-5d  chosen %dx%d/%d/%d %7.2f us (again %7.2f) %5.0f TFLOP/s %5.2f TB/s of "
+      "weights; mma %7.2f us\n",
+      s.name, s.m, static_cast<long long>(rows), s.k, 64 * chosen.groups, chosen.columns, chosen.pair,
+      chosen.split, seconds * 1e6, again * 1e6, operations / seconds / 1e12, bytes / seconds / 1e12,
+      portable * 1e6);
+  if (sweep) {
+    for (int groups = 1; groups <= 4; ++groups) {
+      for (int columns = 32; columns <= 256; columns += 32) {
+        for (int pair = 1; pair <= 2; ++pair) {
+          for (int split = 1; split <= 8; ++split) {
+            const cuda::Tile tile{groups, columns, pair, split};
+            if (split > s.k / 128 || !cuda::has_tile_sm90(tile)) continue;
+            const int64_t blocks = static_cast<int64_t>(cuda::ceil_div(s.m, 64 * groups)) *
+                                   cuda::ceil_div(static_cast<int>(rows), columns) * split;
+            if (blocks > 8 * base.sms || (split > 1 && blocks > 2 * base.sms)) continue;
+            all.push_back({tile, timed(tile)});
+          }
+        }
+      }
+    }
+    std::sort(all.begin(), all.end(), [](const Timed& a, const Timed& b) { return a.seconds < b.seconds; });
+    for (size_t i = 0; i < std::min<size_t>(all.size(), 10); ++i) {
+      const cuda::Tile& t = all[i].tile;
+      std::printf("    %dx%d/%d/%d %.2f", 64 * t.groups, t.columns, t.pair, t.split, all[i].seconds * 1e6);
+    }
+    std::printf("\n");
+  }
+  std::fflush(stdout);
+  release_all();
+}
+
+void time_attention(const char* name, int m, int n, int heads, int kv, int d, int batch) {
+  Attention op;
+  op.q = matrix(batch * m, heads * d, 2.0f);
+  op.k = matrix(batch * n, kv * d, 2.0f);
+  op.v = matrix(batch * n, kv * d);
+  op.out = matrix(batch * m, heads * d);
+  op.head_dim = d;
+  op.batch = batch;
+  const double seconds = time_each([&](const Launch& at, int) { return cuda::launch_large(op, at); }, 40);
+  std::printf("attention %-10s m=%d n=%d heads=%d/%d d=%d batch=%d: %.2f us %.0f TFLOP/s\n", name, m, n,
+              heads, kv, d, batch, seconds * 1e6, 4.0 * batch * heads * m * n * d / seconds / 1e12);
+  release_all();
+}
+
+void time_rows() {
+  for (const auto& [m, k] : {std::pair{2048, 768}, {512, 1152}, {560, 2048}, {177, 960}}) {
+    View x = matrix(m, k), w = floats(1, k), out = matrix(m, k);
+    Norm norm;
+    norm.kind = NormKind::kRms;
+    norm.weight = w;
+    const double seconds = time_each(
+        [&](const Launch& at, int) { return cuda::normalise_rows(x, norm, out.at<bf16>(0), out.ld, k, at); },
+        100);
+    std::printf("norm m=%d k=%d: %.2f us\n", m, k, seconds * 1e6);
+  }
+  release_all();
+}
+
+// A model's vision and prefix as operations, with its sizes.
+struct Model {
+  const char* name;
+  int cameras, image, patch, hidden, vision_layers, vision_heads, vision_mlp;  // SigLIP
+  int factor;                                                                  // space to depth, 1: none
+  int width, layers, mlp, heads, kv_heads, head_dim, other_rows;  // prefix; rows beside the images
+  Act act;
+};
+struct Recorder {
+  std::vector<Op> ops;
+  Norm norm(NormKind kind, int k) {
+    Norm n;
+    n.kind = kind;
+    n.eps = 1e-6f;
+    n.weight = floats(1, k);
+    if (kind == NormKind::kLayer) n.bias = floats(1, k);
+    return n;
+  }
+  View linear(View x, int n, Norm norm, Act act, View residual, bool bias) {
+    Linear op;
+    op.x = x, op.norm = norm, op.act = act, op.residual = residual;
+    op.w = weight(Packing::kStacked, {n}, x.cols);
+    op.out = matrix(x.rows, n);
+    if (bias) op.bias = floats(1, n);
+    ops.push_back(op);
+    return op.out;
+  }
+};
+int record_vision(Recorder& r, const Model& c, View* images) {
+  ImagePatches patches;
+  const int grid = c.image / c.patch, rows = c.cameras * grid * grid;
+  patches.frames.base = device(c.cameras * 640 * 480 * 3);
+  patches.frames.rows = c.cameras, patches.frames.cols = 640 * 480 * 3, patches.frames.ld = 640 * 480 * 3;
+  Matrix geometry = Matrix::empty(c.cameras, 8, DType::kI32, 0);
+  for (int i = 0; i < c.cameras; ++i) {
+    for (int v : {480, 640, 1920, c.image * 3 / 4, c.image, c.image / 8, 0, 1})
+      geometry.values.push_back(float(v));
+  }
+  geometry.upload();
+  patches.geometry = geometry.view;
+  patches.out = matrix(rows, 3 * c.patch * c.patch);
+  patches.height = patches.width = c.image, patches.patch = c.patch;
+  r.ops.push_back(patches);
+  View x = r.linear(patches.out, c.hidden, {}, Act::kNone, matrix(grid * grid, c.hidden), true);
+  for (int i = 0; i < c.vision_layers; ++i) {
+    Qkv qkv;
+    qkv.x = x, qkv.norm = r.norm(NormKind::kLayer, c.hidden), qkv.head_dim = c.hidden / c.vision_heads;
+    qkv.w = weight(Packing::kStacked, {c.hidden, c.hidden, c.hidden}, c.hidden);
+    qkv.q = matrix(rows, c.hidden), qkv.k = matrix(rows, c.hidden), qkv.v = matrix(rows, c.hidden);
+    qkv.q_bias = qkv.k_bias = qkv.v_bias = floats(1, c.hidden);
+    r.ops.push_back(qkv);
+    Attention a;
+    a.q = qkv.q, a.k = qkv.k, a.v = qkv.v, a.out = matrix(rows, c.hidden), a.head_dim = qkv.head_dim,
+    a.batch = c.cameras;
+    r.ops.push_back(a);
+    x = r.linear(a.out, c.hidden, {}, Act::kNone, x, true);
+    const View h = r.linear(x, c.vision_mlp, r.norm(NormKind::kLayer, c.hidden), Act::kGeluTanh, {}, true);
+    x = r.linear(h, c.hidden, {}, Act::kNone, x, true);
+  }
+  const Norm last = r.norm(NormKind::kLayer, c.hidden);
+  if (c.factor > 1) {
+    SpaceToDepth s;
+    s.x = x, s.norm = last, s.factor = c.factor, s.height = s.width = grid;
+    s.out = matrix(rows / (c.factor * c.factor), c.hidden * c.factor * c.factor);
+    r.ops.push_back(s);
+    *images = r.linear(s.out, c.width, {}, Act::kNone, {}, false);
+  } else {
+    *images = r.linear(x, c.width, last, Act::kNone, {}, true);
+  }
+  return images->rows;
+}
+void record_prefix(Recorder& r, const Model& c, int rows) {
+  View x = matrix(rows, c.width);
+  View rope = floats(rows, c.head_dim), positions = floats(rows, 1), blocks = floats(rows, 1);
+  for (const View& v : {positions, blocks}) CUDA_OK(cudaMemset(v.base, 0, rows * 4));
+  for (int i = 0; i < c.layers; ++i) {
+    const bool last = i == c.layers - 1;
+    const int q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+    Qkv qkv;
+    qkv.x = x, qkv.norm = r.norm(NormKind::kRms, c.width), qkv.head_dim = c.head_dim;
+    qkv.rope = rope, qkv.positions = positions;
+    qkv.w = weight(Packing::kStacked, last ? std::vector<int>{kv, kv} : std::vector<int>{q, kv, kv}, c.width);
+    if (!last) qkv.q = matrix(rows, q);
+    qkv.k = matrix(rows, kv), qkv.v = matrix(rows, kv);
+    r.ops.push_back(qkv);
+    if (last) break;
+    Attention a;
+    a.q = qkv.q, a.k = qkv.k, a.v = qkv.v, a.out = matrix(rows, q), a.head_dim = c.head_dim;
+    a.q_block = a.k_block = blocks;
+    r.ops.push_back(a);
+    x = r.linear(a.out, c.width, {}, Act::kNone, x, false);
+    GatedLinear g;
+    g.x = x, g.norm = r.norm(NormKind::kRms, c.width), g.act = c.act, g.out = matrix(rows, c.mlp);
+    g.w = weight(Packing::kInterleaved, {c.mlp, c.mlp}, c.width);
+    r.ops.push_back(g);
+    x = r.linear(g.out, c.width, {}, Act::kNone, x, false);
+  }
+}
+double operations_of(const std::vector<Op>& ops) {
+  double total = 0;
+  for (const Op& op : ops) {
+    if (const auto* o = std::get_if<Linear>(&op)) total += 2.0 * o->x.rows * o->w.k * o->w.rows();
+    if (const auto* o = std::get_if<GatedLinear>(&op)) total += 2.0 * o->x.rows * o->w.k * o->w.rows();
+    if (const auto* o = std::get_if<Qkv>(&op)) total += 2.0 * o->x.rows * o->w.k * o->w.rows();
+    if (const auto* o = std::get_if<Attention>(&op))
+      total += 4.0 * o->q.rows * o->q.cols * (o->k.rows / o->batch);
+  }
+  return total;
+}
+double run_ops(const std::vector<Op>& ops, const std::function<bool(const Op&)>& wanted) {
+  return time_graph(
+      [&](Launch at) {
+        for (const Op& op : ops) {
+          if (!wanted(op)) continue;
+          std::visit(
+              [&](const auto& o) {
+                using T = std::decay_t<decltype(o)>;
+                if constexpr (std::is_same_v<T, ImagePatches> || std::is_same_v<T, SpaceToDepth> ||
+                              std::is_same_v<T, Embed>) {
+                  CUDA_OK(cuda::launch(o, at));
+                } else if constexpr (!std::is_same_v<T, Euler>) {
+                  CUDA_OK(cuda::launch_large(o, at));
+                }
+              },
+              op);
+          at.pdl = true;
+        }
+      },
+      15);
+}
+void time_model(const Model& c) {
+  Recorder vision, prefix;
+  View images;
+  const int rows = record_vision(vision, c, &images) + c.other_rows;
+  record_prefix(prefix, c, rows);
+  const auto every = [](const Op&) { return true; };
+  for (const auto& [name, r] : {std::pair{"vision", &vision}, {"prefix", &prefix}}) {
+    const double seconds = run_ops(r->ops, every), again = run_ops(r->ops, every);
+    const double products =
+        run_ops(r->ops, [](const Op& op) { return !std::holds_alternative<Attention>(op); });
+    std::printf("%-8s %s (%d rows): %.3f ms (again %.3f; without attention %.3f), %.2f TFLOP, %.0f TFLOP/s\n",
+                c.name, name, r == &vision ? c.cameras * (c.image / c.patch) * (c.image / c.patch) : rows,
+                seconds * 1e3, again * 1e3, products * 1e3, operations_of(r->ops) / 1e12,
+                operations_of(r->ops) / seconds / 1e12);
+    std::fflush(stdout);
+  }
+  release_all();
+}
+
+void everything(bool sweep) {
+  const Act gelu = Act::kGeluTanh, silu = Act::kSilu, none = Act::kNone;
+  for (const Size& s : std::vector<Size>{
+           {"pi vision qkv", kQ, 512, 1152, {1152, 1152, 1152}, 72, none},
+           {"pi vision out", kL, 512, 1152, {1152}, 0, none},
+           {"pi vision fc1", kL, 512, 1152, {4304}, 0, gelu},
+           {"pi vision fc2", kL, 512, 4304, {1152}, 0, none},
+           {"pi prefix qkv", kQ, 560, 2048, {2048, 256, 256}, 256, none},
+           {"pi prefix out", kL, 560, 2048, {2048}, 0, none},
+           {"pi prefix gate-up", kG, 560, 2048, {16384, 16384}, 0, gelu},
+           {"pi prefix down", kL, 560, 16384, {2048}, 0, none},
+           {"smol vision qkv", kQ, 2048, 768, {768, 768, 768}, 72, none},
+           {"smol vision out", kL, 2048, 768, {768}, 0, none},
+           {"smol vision fc1", kL, 2048, 768, {3072}, 0, gelu},
+           {"smol vision fc2", kL, 2048, 3072, {768}, 0, none},
+           {"smol connector", kL, 128, 12288, {960}, 0, none},
+           {"smol prefix qkv", kQ, 177, 960, {960, 320, 320}, 64, none},
+           {"smol prefix out", kL, 177, 960, {960}, 0, none},
+           {"smol prefix g-up", kG, 177, 960, {2560, 2560}, 0, silu},
+           {"smol prefix down", kL, 177, 2560, {960}, 0, none},
+       }) {
+    time_product(s, sweep);
+  }
+  time_attention("smol vision", 1024, 1024, 12, 12, 64, 2);
+  time_attention("smol prefix", 177, 177, 15, 5, 64, 1);
+  time_attention("pi vision", 256, 256, 16, 16, 72, 2);
+  time_attention("pi prefix", 560, 560, 8, 1, 256, 1);
+  time_rows();
+  time_model({"smolvla", 2, 512, 16, 768, 12, 12, 3072, 4, 960, 16, 2560, 15, 5, 64, 49, silu});
+  time_model({"pi05", 2, 224, 14, 1152, 27, 16, 4304, 1, 2048, 18, 16384, 8, 1, 256, 48, gelu});
+}
+
+}  // namespace
+}  // namespace vla::check
+
+int main(int count, char** arguments) {
+  using namespace vla::check;
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  base = launch_on(stream, 64 << 20);
+  owned().clear();
+  everything(count > 1 && std::string(arguments[1]) == "sweep");
+}

@@ -1,0 +1,240 @@
+// Products of many rows: the operations as the kernels take them, their weights' packing, the norm before
+// them.
+#include <string>
+
+#include "product.cuh"
+#include "rows.cuh"
+
+namespace vla::cuda {
+namespace {
+
+// Columns of a packed weight: rows start on multiples of 16 bytes.
+int packed_k(int k) { return round_up(k, 8); }
+// Rows of one of the two matrices of a gated product: they alternate by 32.
+int gated_rows(int n) { return round_up(n, 32); }
+
+int packed_rows(Packing packing, const std::vector<int>& n) {
+  if (packing == Packing::kInterleaved) return 2 * gated_rows(n.at(0));
+  int total = 0;
+  for (int part : n) total += part;
+  return total;
+}
+
+// to (rows, packed k) = one part, from row `at` on, or, interleaved, into every other block of 32 rows.
+__global__ void __launch_bounds__(256)
+    pack_kernel(bf16* to, int ld, int at, int rows, int block, const void* from, bool f32, int n, int k,
+                int64_t ld_from) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= static_cast<int64_t>(rows) * ld) return;
+  const int row = static_cast<int>(i / ld), col = static_cast<int>(i % ld);
+  const float v = row < n && col < k ? load_as_float(from, row * ld_from + col, f32) : 0.0f;
+  const int packed = block ? row / block * 2 * block + row % block : row;
+  to[static_cast<int64_t>(at + packed) * ld + col] = __float2bfloat16(v);
+}
+
+// The left operand in bf16 with rows on multiples of 16 bytes: x itself, or norm(x) in the scratch.
+bool is_plain(const View& x, const Norm& norm, int step) {
+  return norm.kind == NormKind::kNone && x.dtype == DType::kBF16 && aligned16(x, step);
+}
+size_t left_bytes(const View& x) { return static_cast<size_t>(x.rows) * packed_k(x.cols) * 2; }
+
+cudaError_t prepare_left(Product& p, const View& x, const Norm& norm, Launch& at) {
+  p.m = x.rows;
+  p.k = x.cols;
+  if (is_plain(x, norm, at.step)) {
+    p.a = x.at<const bf16>(at.step);
+    p.lda = x.ld;
+    return cudaSuccess;
+  }
+  if (left_bytes(x) > at.scratch_bytes) return cudaErrorMemoryAllocation;
+  bf16* to = reinterpret_cast<bf16*>(at.scratch);
+  const cudaError_t error = normalise_rows(x, norm, to, packed_k(x.cols), packed_k(x.cols), at);
+  at.pdl = true;
+  p.a = to;
+  p.lda = packed_k(x.cols);
+  return error;
+}
+
+void set_weight(Product& p, const Weight& w) {
+  p.w = static_cast<const bf16*>(w.data);
+  p.ldw = packed_k(w.k);
+  p.n = packed_rows(w.packing, w.n);
+}
+
+cudaError_t run(const Product& p, const Launch& at) {
+  if (at.arch == 90) return product_sm90(p, choose_tile_sm90(p, at.sms), at);
+  return product_sm80(p, at);
+}
+
+const float* floats(const View& v, int step) { return v ? v.at<const float>(step) : nullptr; }
+
+const View* left_of(const Op& op, const Norm** norm) {
+  return std::visit(
+      [&](const auto& o) -> const View* {
+        using T = std::decay_t<decltype(o)>;
+        if constexpr (std::is_same_v<T, Linear> || std::is_same_v<T, GatedLinear> || std::is_same_v<T, Qkv>) {
+          *norm = &o.norm;
+          return &o.x;
+        } else {
+          return nullptr;
+        }
+      },
+      op);
+}
+
+}  // namespace
+
+size_t packed_bytes_large(Packing packing, const std::vector<int>& n, int k) {
+  return static_cast<size_t>(packed_rows(packing, n)) * packed_k(k) * sizeof(bf16);
+}
+
+cudaError_t pack_large(void* to, Packing packing, const std::vector<RawMatrix>& parts, cudaStream_t stream) {
+  int at = 0;
+  for (const RawMatrix& part : parts) {
+    const bool interleaved = packing == Packing::kInterleaved;
+    const int rows = interleaved ? gated_rows(part.n) : part.n, ld = packed_k(part.k);
+    const int64_t work = static_cast<int64_t>(rows) * ld;
+    pack_kernel<<<static_cast<unsigned>((work + 255) / 256), 256, 0, stream>>>(
+        static_cast<bf16*>(to), ld, at, rows, interleaved ? 32 : 0, part.data, part.dtype == DType::kF32,
+        part.n, part.k, part.ld);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+    at += interleaved ? 32 : rows;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t make_product(const Linear& op, Launch& at, Product* made) {
+  Product p;
+  p.kind = ProductKind::kLinear;
+  set_weight(p, op.w);
+  p.out = op.out.at<void>(at.step);
+  p.ldo = op.out.ld;
+  p.cols = op.out.cols;
+  p.out_f32 = op.out.dtype == DType::kF32;
+  p.act = op.act;
+  p.scale = op.scale;
+  p.bias = floats(op.bias, at.step);
+  p.gate = floats(op.gate, at.step);
+  p.wide = !p.out_f32 && p.cols % 8 == 0 && aligned16(op.out, at.step);
+  if (op.residual) {
+    p.residual = op.residual.at<const bf16>(at.step);
+    p.ldr = op.residual.ld;
+    p.residual_rows = op.residual.rows;
+    p.wide = p.wide && aligned16(op.residual, at.step);
+  }
+  const cudaError_t error = prepare_left(p, op.x, op.norm, at);
+  *made = p;
+  return error;
+}
+
+cudaError_t make_product(const GatedLinear& op, Launch& at, Product* made) {
+  Product p;
+  p.kind = ProductKind::kGated;
+  set_weight(p, op.w);
+  p.out = op.out.at<void>(at.step);
+  p.ldo = op.out.ld;
+  p.cols = op.out.cols;
+  p.out_f32 = op.out.dtype == DType::kF32;
+  p.act = op.act;
+  p.wide = !p.out_f32 && p.cols % 8 == 0 && aligned16(op.out, at.step);
+  const cudaError_t error = prepare_left(p, op.x, op.norm, at);
+  *made = p;
+  return error;
+}
+
+cudaError_t make_product(const Qkv& op, Launch& at, Product* made) {
+  Product p;
+  p.kind = ProductKind::kQkv;
+  set_weight(p, op.w);
+  p.head_dim = op.head_dim;
+  p.wide = true;
+  const View* const parts[3] = {&op.q, &op.k, &op.v};
+  const View* const biases[3] = {&op.q_bias, &op.k_bias, &op.v_bias};
+  int end = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (*parts[i]) {
+      p.part[i] = parts[i]->at<bf16>(at.step);
+      p.part_ld[i] = parts[i]->ld;
+      p.part_bias[i] = floats(*biases[i], at.step);
+      p.wide = p.wide && parts[i]->cols % 8 == 0 && aligned16(*parts[i], at.step);
+      end += parts[i]->cols;
+    }
+    p.end[i] = end;
+  }
+  if (op.rope) {
+    // The kernel reads pairs of the table and positions one after another.
+    p.rotate = op.head_dim % 64 == 0 && op.rope.ld % 2 == 0 && op.positions.ld == 1 &&
+               reinterpret_cast<uintptr_t>(op.rope.at<float>(at.step)) % 8 == 0;
+    p.rope = floats(op.rope, at.step);
+    p.rope_ld = op.rope.ld;
+    p.rope_rows = op.rope.rows;
+    p.positions = op.positions.at<const int>(at.step);
+  }
+  const cudaError_t error = prepare_left(p, op.x, op.norm, at);
+  *made = p;
+  return error;
+}
+
+cudaError_t launch_large(const Linear& op, const Launch& launch) {
+  Launch at = launch;
+  Product p;
+  const cudaError_t error = make_product(op, at, &p);
+  return error != cudaSuccess ? error : run(p, at);
+}
+
+cudaError_t launch_large(const GatedLinear& op, const Launch& launch) {
+  Launch at = launch;
+  Product p;
+  const cudaError_t error = make_product(op, at, &p);
+  return error != cudaSuccess ? error : run(p, at);
+}
+
+cudaError_t launch_large(const Qkv& op, const Launch& launch) {
+  Launch at = launch;
+  Product p;
+  cudaError_t error = make_product(op, at, &p);
+  if (error == cudaSuccess) error = run(p, at);
+  if (op.rope && !p.rotate) {
+    at.pdl = true;
+    for (const View* part : {&op.q, &op.k}) {
+      if (*part && error == cudaSuccess) error = rotate_heads(*part, op.head_dim, op.rope, op.positions, at);
+    }
+  }
+  return error;
+}
+
+size_t scratch_large(const Op& op, int sms) {
+  (void)sms;
+  const Norm* norm = nullptr;
+  const View* x = left_of(op, &norm);
+  // At another step of a loop a view may lie on another boundary: whether a copy is needed is not asked here.
+  return x ? left_bytes(*x) : 0;
+}
+
+std::string refuse_large(const Op& op) {
+  if (const auto* o = std::get_if<Linear>(&op)) {
+    if (o->residual && o->residual.dtype != DType::kBF16)
+      return "residual: expected bfloat16, got another type";
+  }
+  if (const auto* o = std::get_if<Qkv>(&op)) {
+    for (const View* v : {&o->q, &o->k, &o->v}) {
+      if (*v && v->dtype != DType::kBF16) return "q, k, v: expected bfloat16, got another type";
+    }
+    if (o->rope && o->head_dim % 2)
+      return "rotary embedding: expected an even head size, got " + std::to_string(o->head_dim);
+  }
+  if (const auto* o = std::get_if<Attention>(&op)) {
+    for (const View* v : {&o->q, &o->k, &o->v, &o->out}) {
+      if (v->dtype != DType::kBF16) return "attention: expected bfloat16, got another type";
+    }
+    if (o->head_dim > 256)
+      return "attention: expected heads of up to 256, got " + std::to_string(o->head_dim);
+  }
+  if (const auto* o = std::get_if<SpaceToDepth>(&op)) {
+    if (o->out.dtype != DType::kBF16) return "space_to_depth: expected a bfloat16 out, got another type";
+  }
+  return "";
+}
+
+}  // namespace vla::cuda

@@ -1,0 +1,330 @@
+// The product of many rows on Hopper.
+//
+// c (m, n) = a (m, k) w (n, k)^T in tiles of 64 * GROUPS rows and COLUMNS packed columns. One warp keeps a
+// ring of slices of 64 of k filled by the copy engine; GROUPS warpgroups multiply (wgmma), each 64 rows, and
+// finish their sums from registers. Without SPLIT a block takes tile after tile, so that the ring is full
+// again when the sums are stored. PAIR = 2: two blocks with neighbouring columns load half of a's slice each,
+// for both. With SPLIT the blocks of a cluster share the k of one tile; their sums meet in shared memory and
+// are added in the order of the blocks, each block finishing its share of the tile.
+#include <cudaTypedefs.h>
+
+#include "product.cuh"
+#include "wgmma.cuh"
+
+namespace vla::cuda {
+namespace {
+
+constexpr int kSlice = 64;  // of k: 128 bytes, the width of the swizzle
+constexpr int kSharedBytes = 227 * 1024;
+
+struct Grid {
+  int tiles_m = 0, tiles_n = 0;  // tiles_n: of all columns, or of pairs of tiles with PAIR = 2
+  int slices = 0;                // of k
+  int box = 0;                   // rows of w that one copy brings: COLUMNS, or 32
+};
+
+template <int GROUPS, int COLUMNS>
+struct Shape {
+  static constexpr int kRows = 64 * GROUPS;
+  static constexpr int kBytesA = kRows * 128, kBytesW = COLUMNS * 128;
+  static constexpr int kFit = (kSharedBytes - 2048) / (kBytesA + kBytesW);
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kShared = kStages * (kBytesA + kBytesW) + 1024;
+  static constexpr int kThreads = 128 * (GROUPS + 1);
+  // Columns of one wgmma: the assembler refuses 256 with as few registers as four warpgroups start with.
+  static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
+  // Registers of a thread that multiplies; the others give theirs away.
+  static constexpr int kRegisters = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : GROUPS == 2 ? 240 : 255;
+};
+
+__device__ __forceinline__ void meet() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+template <int GROUPS, int COLUMNS, int PAIR, bool SPLIT>
+__global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+    product_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_w,
+                   const __grid_constant__ Product p, const Grid g) {
+#if VLA_SM90A
+  using S = Shape<GROUPS, COLUMNS>;
+  constexpr int kStages = S::kStages;
+  extern __shared__ uint8_t shared_raw[];
+  __shared__ alignas(8) uint64_t full_at[kStages], empty_at[kStages];
+  const uint32_t ring = (smem_address(shared_raw) + 1023) & ~1023u;
+  const uint32_t full = smem_address(full_at), empty = smem_address(empty_at);
+  const int group = threadIdx.x / 128;  // the last one loads
+  const int blocks = SPLIT ? 1 : gridDim.x / PAIR;
+  const int rank = PAIR > 1 || SPLIT ? static_cast<int>(cluster_rank()) : 0;
+  const int split = SPLIT ? gridDim.x / (g.tiles_m * g.tiles_n) : 1;
+  const int first = SPLIT ? blockIdx.x / split : blockIdx.x / PAIR;
+  const int tiles = SPLIT ? first + 1 : g.tiles_m * g.tiles_n;
+  const int slice0 = SPLIT ? g.slices * rank / split : 0;
+  const int slice1 = SPLIT ? g.slices * (rank + 1) / split : g.slices;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 4 * GROUPS * PAIR);  // a warp arrives once
+    }
+    barrier_init_fence();
+  }
+  if constexpr (PAIR > 1) {
+    meet();
+  } else {
+    __syncthreads();
+  }
+  pdl_trigger();
+
+  if (group == GROUPS) {
+    if constexpr (GROUPS > 1) registers_down<24>();
+    if (threadIdx.x == GROUPS * 128) {
+      tma_prefetch_map(&map_a);
+      tma_prefetch_map(&map_w);
+      const auto load_a = [&](int s, int tile, int slice) {
+        const int row = tile % g.tiles_m * S::kRows;
+        const uint32_t to = ring + s * (S::kBytesA + S::kBytesW);
+        if constexpr (PAIR > 1) {
+          constexpr int kPart = S::kRows / PAIR;
+          tma_multicast(to + rank * kPart * 128, &map_a, full + 8 * s, slice * kSlice, row + rank * kPart,
+                        (1 << PAIR) - 1);
+        } else {
+          tma_load(to, &map_a, full + 8 * s, slice * kSlice, row);
+        }
+      };
+      const auto load_w = [&](int s, int tile, int slice) {
+        const int column = tile / g.tiles_m * PAIR + (PAIR > 1 ? rank : 0);
+        const uint32_t to = ring + s * (S::kBytesA + S::kBytesW) + S::kBytesA;
+        barrier_expect(full + 8 * s, S::kBytesA + S::kBytesW);
+        if (g.box == COLUMNS) {
+          tma_load(to, &map_w, full + 8 * s, slice * kSlice, column * COLUMNS);
+          return;
+        }
+        for (int u = 0; u < COLUMNS / 64; ++u) {
+          const Columns c = columns_of(p, column * (COLUMNS / 64) + u);
+          tma_load(to + u * 8192, &map_w, full + 8 * s, slice * kSlice, c.first);
+          tma_load(to + u * 8192 + 4096, &map_w, full + 8 * s, slice * kSlice, c.second);
+        }
+      };
+      // Weights do not depend on what ran before: the first of them are asked for before the wait.
+      const int early = min(kStages, first < tiles ? slice1 - slice0 : 0);
+      for (int i = 0; i < early; ++i) load_w(i, first, slice0 + i);
+      pdl_wait();
+      for (int i = 0; i < early; ++i) load_a(i, first, slice0 + i);
+      int s = early % kStages, parity = early == kStages ? 0 : 1;
+      for (int tile = first; tile < tiles; tile += blocks) {
+        for (int i = tile == first ? slice0 + early : slice0; i < slice1; ++i) {
+          barrier_wait(empty + 8 * s, parity);
+          load_w(s, tile, i);
+          load_a(s, tile, i);
+          if (++s == kStages) s = 0, parity ^= 1;
+        }
+      }
+    }
+    __syncwarp();
+    if constexpr (SPLIT) meet();
+    if constexpr (SPLIT || PAIR > 1) meet();  // nobody leaves while others read its memory or write to it
+  } else {
+    if constexpr (S::kRegisters < 255) registers_up<S::kRegisters>();
+    pdl_wait();
+    const auto release = [&](int stage) {
+      const uint32_t lane = threadIdx.x & 31;
+      if (lane < PAIR) {
+        if constexpr (PAIR > 1) {
+          barrier_arrive_at(empty + 8 * stage, lane);
+        } else {
+          barrier_arrive(empty + 8 * stage);
+        }
+      }
+    };
+    int s = 0, parity = 0;
+    const int thread = threadIdx.x & 127;
+    const int row_in_tile = group * 64 + thread / 32 * 16 + thread % 32 / 4;
+    for (int tile = first; tile < tiles; tile += blocks) {
+      float c[COLUMNS / S::kWide][S::kWide / 2];
+      int before = 0;
+      for (int i = slice0; i < slice1; ++i) {
+        barrier_wait(full + 8 * s, parity);
+        const uint32_t stage = ring + s * (S::kBytesA + S::kBytesW);
+        const uint64_t a = wgmma_tile(stage + group * 64 * 128), w = wgmma_tile(stage + S::kBytesA);
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < kSlice / 16; ++j) {
+#pragma unroll
+          for (int h = 0; h < COLUMNS / S::kWide; ++h) {
+            wgmma<S::kWide>(c[h], a + 2 * j, w + 2 * j + h * S::kWide * 8, i > slice0 || j > 0);
+          }
+        }
+        wgmma_commit();
+        if (i > slice0) {
+          wgmma_wait<1>();
+          release(before);
+        }
+        before = s;
+        if (++s == kStages) s = 0, parity ^= 1;
+      }
+      wgmma_wait<0>();
+      release(before);
+      const int row = tile % g.tiles_m * S::kRows + row_in_tile;
+      const int unit = (tile / g.tiles_m * PAIR + (PAIR > 1 ? rank : 0)) * (COLUMNS / 64);
+      if constexpr (!SPLIT) {
+#pragma unroll
+        for (int u = 0; u < COLUMNS / 64; ++u) {
+          if (64 * (unit + u) < p.n) {
+            float* x = &c[64 * u / S::kWide][64 * u % S::kWide / 2];
+            finish(p, row, unit + u, x, x + 16);
+          }
+        }
+      } else {
+        named_barrier(1, 128 * GROUPS);  // the ring is read by nobody any more
+        float4* to = reinterpret_cast<float4*>(shared_raw + (ring - smem_address(shared_raw)));
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 8; ++i) {
+          const float* x = &c[8 * i / S::kWide][8 * i % S::kWide / 2];
+          to[(group * (COLUMNS / 8) + i) * 128 + thread] = make_float4(x[0], x[1], x[2], x[3]);
+        }
+      }
+    }
+    if constexpr (SPLIT) {
+      meet();
+      constexpr int kUnits = COLUMNS / 64;
+      for (int item = rank * GROUPS + group; item < GROUPS * kUnits; item += split * GROUPS) {
+        const int from = item / kUnits, u = item % kUnits;
+        const int row = first % g.tiles_m * S::kRows + from * 64 + thread / 32 * 16 + thread % 32 / 4;
+        const int unit = first / g.tiles_m * kUnits + u;
+        const uint32_t at = ring + ((from * (COLUMNS / 8) + u * 8) * 128 + thread) * 16;
+        float c[32] = {};
+        for (int r = 0; r < split; ++r) {
+          const uint32_t there = cluster_address(at, r);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float4 v = cluster_load4(there + i * 2048);
+            c[4 * i] += v.x;
+            c[4 * i + 1] += v.y;
+            c[4 * i + 2] += v.z;
+            c[4 * i + 3] += v.w;
+          }
+        }
+        if (64 * unit < p.n) finish(p, row, unit, c, c + 16);
+      }
+    }
+    if constexpr (SPLIT || PAIR > 1) meet();
+  }
+#endif
+}
+
+PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                                         &result) != cudaSuccess ||
+        result != cudaDriverEntryPointSuccess) {
+      found = nullptr;
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }();
+  return function;
+}
+
+// A matrix (rows, cols) of bf16, read in boxes of box_rows x 64.
+cudaError_t describe(CUtensorMap* map, const bf16* base, int rows, int cols, int64_t ld, int box_rows) {
+  if (!encoder()) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld) * 2};
+  const cuuint32_t box[2] = {kSlice, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result =
+      encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(base), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <int GROUPS, int COLUMNS, int PAIR, bool SPLIT>
+cudaError_t run(const Product& p, const Tile& tile, const Launch& at) {
+  using S = Shape<GROUPS, COLUMNS>;
+  Grid g;
+  g.tiles_m = ceil_div(p.m, S::kRows);
+  g.tiles_n = ceil_div(p.n, COLUMNS * PAIR);
+  g.slices = ceil_div(p.k, kSlice);
+  g.box = p.rotate && p.head_dim > 64 ? 32 : COLUMNS;
+  CUtensorMap map_a, map_w;
+  cudaError_t error = describe(&map_a, p.a, p.m, p.k, p.lda, S::kRows / PAIR);
+  if (error != cudaSuccess) return error;
+  error = describe(&map_w, p.w, p.n, p.k, p.ldw, g.box);
+  if (error != cudaSuccess) return error;
+  const int work = g.tiles_m * g.tiles_n;
+  const int grid = SPLIT ? work * tile.split : (work < at.sms / PAIR ? work : at.sms / PAIR) * PAIR;
+  return launch_kernel(product_kernel<GROUPS, COLUMNS, PAIR, SPLIT>, dim3(grid), dim3(S::kThreads),
+                       S::kShared, at, SPLIT ? tile.split : PAIR, map_a, map_w, p, g);
+}
+
+using Runner = cudaError_t (*)(const Product&, const Tile&, const Launch&);
+struct Entry {
+  int groups, columns, pair;
+  bool split;
+  Runner run;
+};
+template <int GROUPS, int COLUMNS, int PAIR, bool SPLIT>
+constexpr Entry entry() {
+  return {GROUPS, COLUMNS, PAIR, SPLIT, run<GROUPS, COLUMNS, PAIR, SPLIT>};
+}
+constexpr Entry kEntries[] = {
+    entry<3, 256, 1, false>(), entry<3, 256, 2, false>(), entry<3, 256, 1, true>(),
+    entry<3, 192, 1, false>(), entry<3, 128, 1, false>(), entry<3, 128, 1, true>(),
+    entry<3, 64, 1, false>(),  entry<3, 64, 1, true>(),   entry<2, 256, 1, false>(),
+    entry<2, 256, 1, true>(),  entry<2, 128, 1, false>(), entry<2, 128, 1, true>(),
+    entry<2, 192, 1, false>(), entry<2, 64, 1, true>(),   entry<1, 64, 1, false>(),
+    entry<1, 64, 1, true>(),   entry<4, 128, 1, false>(),
+};
+
+const Entry* find(const Tile& tile) {
+  for (const Entry& e : kEntries) {
+    if (e.groups == tile.groups && e.columns == tile.columns && e.pair == tile.pair &&
+        e.split == (tile.split > 1)) {
+      return &e;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+bool has_tile_sm90(const Tile& tile) { return tile.split >= 1 && tile.split <= 8 && find(tile) != nullptr; }
+
+cudaError_t product_sm90(const Product& p, const Tile& tile, const Launch& at) {
+  const Entry* e = find(tile);
+  return e ? e->run(p, tile, at) : cudaErrorInvalidValue;
+}
+
+// The tile with the least time by a count of cycles: the matrix unit does 64 x 256 x 16 in 128; a
+// multiprocessor gets about 30 bytes a cycle from the second-level cache; starting, filling the ring and
+// storing cost what they measured. See docs/performance.md, "Vision and prefix".
+Tile choose_tile_sm90(const Product& p, int sms) {
+  const int slices = ceil_div(p.k, kSlice);
+  Tile best;
+  double least = 0;
+  for (const Entry& e : kEntries) {
+    for (int split = e.split ? 2 : 1; split <= (e.split ? 8 : 1); ++split) {
+      if (split > slices) break;
+      const int tiles = ceil_div(p.m, 64 * e.groups) * ceil_div(p.n, e.columns * e.pair) * e.pair;
+      const int blocks = tiles * split;
+      const int usable = split > 1 ? sms / split * split - (split > 2 ? split : 0) : sms;
+      const int waves = ceil_div(blocks, usable);
+      const double product = e.groups * e.columns * 2.0 * 1.1;
+      const double bytes = (64.0 * e.groups / e.pair + e.columns) * 128.0 / 30.0;
+      const double per_slice = product > bytes ? product : bytes;
+      const double store =
+          600.0 + 3.0 * e.groups * e.columns + (split > 1 ? 1500.0 + 4.0 * e.groups * e.columns : 0);
+      const double time = waves * (ceil_div(slices, split) * per_slice + store) + 1500.0;
+      if (best.groups == 0 || time < least) {
+        least = time;
+        best = {e.groups, e.columns, e.pair, split};
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace vla::cuda

@@ -1,0 +1,207 @@
+// What is done row by row: normalising (alone, before a product, or while moving squares to depth),
+// embedding, and rotating heads in place where a product could not.
+#include "rows.cuh"
+
+namespace vla::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kKept = 8;  // vectors of 8 that a lane keeps: rows of up to 2048 are read once
+
+struct Rows {
+  const void* x = nullptr;
+  int64_t ldx = 0;
+  bool x_f32 = false, wide = false;
+  bf16* out = nullptr;
+  int64_t ldo = 0;
+  int rows = 0, cols = 0, padded = 0;  // columns [cols, padded) of out become zero
+  NormKind kind = NormKind::kNone;
+  float eps = 0.0f, plus = 0.0f;
+  const float *weight = nullptr, *bias = nullptr;
+  int factor = 1, height = 1, width = 1;  // space to depth: row (b, y, x) of a grid goes to the square's row
+};
+
+__device__ __forceinline__ void load8(const Rows& r, int64_t row, int c, float (&v)[8]) {
+  if (r.wide) {
+    const uint4 u = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(r.x) + row * r.ldx + c);
+    const uint32_t words[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = unpack2(words[i]);
+      v[2 * i] = f.x;
+      v[2 * i + 1] = f.y;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = c + i < r.cols ? load_as_float(r.x, row * r.ldx + c + i, r.x_f32) : 0.0f;
+}
+
+// out row = (x - mean) / sqrt(var + eps) * (weight + plus) + bias (layer), x / sqrt(mean(x^2) + eps) ...
+// (rms), or x; x (rows, cols), out (rows, padded) or, with factor f, (rows / f^2, cols f^2). A warp for each
+// row.
+__global__ void __launch_bounds__(32 * kWarps) normalise_kernel(const Rows r) {
+  pdl_trigger();
+  pdl_wait();
+  const int row = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x & 31;
+  if (row >= r.rows) return;
+  float kept[kKept][8];
+  float sum = 0.0f;
+  const int vectors = ceil_div(r.cols, 256);  // of a lane
+#pragma unroll
+  for (int j = 0; j < kKept; ++j) {
+    const int c = (j * 32 + lane) * 8;
+    if (c < r.cols) load8(r, row, c, kept[j]);
+  }
+  const bool layer = r.kind == NormKind::kLayer;
+  float mean = 0.0f, scale = 1.0f;
+  const auto over = [&](auto&& use) {
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) {
+      const int c = (j * 32 + lane) * 8;
+      if (c < r.cols) use(c, kept[j]);
+    }
+    for (int j = kKept; j < vectors; ++j) {
+      const int c = (j * 32 + lane) * 8;
+      float v[8];
+      if (c < r.cols) {
+        load8(r, row, c, v);
+        use(c, v);
+      }
+    }
+  };
+  if (layer) {
+    over([&](int, float (&v)[8]) {  // what lies beyond cols is zero
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += v[i];
+    });
+    mean = warp_sum(sum) / r.cols;
+  }
+  if (r.kind != NormKind::kNone) {
+    float squares = 0.0f;
+    over([&](int c, float (&v)[8]) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float d = c + i < r.cols ? v[i] - mean : 0.0f;
+        squares += d * d;
+      }
+    });
+    scale = rsqrtf(warp_sum(squares) / r.cols + r.eps);
+  }
+  int64_t to = row * r.ldo;
+  if (r.factor > 1) {
+    const int f = r.factor, x = row % r.width, y = row / r.width % r.height, b = row / (r.width * r.height);
+    const int64_t square = (static_cast<int64_t>(b) * (r.height / f) + y / f) * (r.width / f) + x / f;
+    to = square * r.ldo + static_cast<int64_t>(y % f * f + x % f) * r.cols;
+  }
+  bf16* out = r.out + to;
+  over([&](int c, float (&v)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int at = min(c + i, r.cols - 1);
+      const float weight = r.weight ? r.weight[at] + r.plus : 1.0f;
+      const float bias = r.bias ? r.bias[at] : 0.0f;
+      v[i] = (v[i] - mean) * scale * weight + bias;
+    }
+    if (r.wide) {
+      *reinterpret_cast<uint4*>(out + c) =
+          make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (c + i < r.cols) out[c + i] = __float2bfloat16(v[i]);
+      }
+    }
+  });
+  for (int c = r.cols + lane; c < r.padded; c += 32) out[c] = __float2bfloat16(0.0f);
+}
+
+// out[i] (m, d) = scale * table[tokens[i]]; a token out of range takes row 0. A block for each row.
+__global__ void __launch_bounds__(128)
+    embed_kernel(const int* tokens, int64_t ld_tokens, const void* table, int64_t ld_table, bool table_f32,
+                 int vocabulary, void* out, int64_t ldo, bool out_f32, int cols, float scale) {
+  pdl_trigger();
+  pdl_wait();
+  int token = tokens[blockIdx.x * ld_tokens];
+  if (token < 0 || token >= vocabulary) token = 0;
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+    store_from_float(out, blockIdx.x * ldo + c, scale * load_as_float(table, token * ld_table + c, table_f32),
+                     out_f32);
+  }
+}
+
+// x (m, heads * d), in place: [h1 | h2] -> [h1 cos - h2 sin | h2 cos + h1 sin] by row positions[i] of rope.
+__global__ void __launch_bounds__(128)
+    rotate_kernel(bf16* x, int64_t ld, int rows, int heads, int d, const float* rope, int64_t rope_ld,
+                  int rope_rows, const int* positions, int64_t positions_ld) {
+  pdl_trigger();
+  pdl_wait();
+  const int half = d / 2, i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= rows * heads * half) return;
+  const int row = i / (heads * half), head = i / half % heads, j = i % half;
+  const float* table = rope + min(max(positions[row * positions_ld], 0), rope_rows - 1) * rope_ld;
+  bf16* at = x + row * ld + head * d + j;
+  const float h1 = __bfloat162float(at[0]), h2 = __bfloat162float(at[half]);
+  at[0] = __float2bfloat16(h1 * table[j] - h2 * table[half + j]);
+  at[half] = __float2bfloat16(h2 * table[j] + h1 * table[half + j]);
+}
+
+}  // namespace
+
+bool aligned16(const View& v, int step) {
+  const int64_t unit = 16 / static_cast<int64_t>(size_of(v.dtype));
+  return reinterpret_cast<uintptr_t>(v.at<std::byte>(step)) % 16 == 0 && v.ld % unit == 0;
+}
+
+static cudaError_t normalise(Rows r, const View& x, const Norm& norm, const Launch& at) {
+  r.x = x.at<void>(at.step);
+  r.ldx = x.ld;
+  r.x_f32 = x.dtype == DType::kF32;
+  r.rows = x.rows;
+  r.cols = x.cols;
+  r.wide = !r.x_f32 && x.cols % 8 == 0 && aligned16(x, at.step) && r.ldo % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(r.out) % 16 == 0;
+  r.kind = norm.kind;
+  r.eps = norm.eps;
+  r.plus = norm.plus;
+  if (norm.kind != NormKind::kNone) {
+    r.weight = norm.weight ? norm.weight.at<float>(at.step) : nullptr;
+    r.bias = norm.bias ? norm.bias.at<float>(at.step) : nullptr;
+  }
+  return launch_kernel(normalise_kernel, dim3(ceil_div(x.rows, kWarps)), dim3(32 * kWarps), 0, at, 1, r);
+}
+
+cudaError_t normalise_rows(const View& x, const Norm& norm, bf16* out, int64_t ldo, int padded,
+                           const Launch& at) {
+  Rows r;
+  r.out = out;
+  r.ldo = ldo;
+  r.padded = padded;
+  return normalise(r, x, norm, at);
+}
+
+cudaError_t rotate_heads(const View& x, int d, const View& rope, const View& positions, const Launch& at) {
+  const int work = x.rows * (x.cols / 2);
+  return launch_kernel(rotate_kernel, dim3(ceil_div(work, 128)), dim3(128), 0, at, 1, x.at<bf16>(at.step),
+                       x.ld, x.rows, x.cols / d, d, rope.at<const float>(at.step), rope.ld, rope.rows,
+                       positions.at<const int>(at.step), positions.ld);
+}
+
+cudaError_t launch(const SpaceToDepth& op, const Launch& at) {
+  Rows r;
+  r.out = op.out.at<bf16>(at.step);
+  r.ldo = op.out.ld;
+  r.factor = op.factor;
+  r.height = op.height;
+  r.width = op.width;
+  return normalise(r, op.x, op.norm, at);
+}
+
+cudaError_t launch(const Embed& op, const Launch& at) {
+  return launch_kernel(embed_kernel, dim3(op.tokens.rows), dim3(128), 0, at, 1,
+                       op.tokens.at<const int>(at.step), op.tokens.ld, op.table.at<const void>(at.step),
+                       op.table.ld, op.table.dtype == DType::kF32, op.table.rows, op.out.at<void>(at.step),
+                       op.out.ld, op.out.dtype == DType::kF32, op.table.cols, op.scale);
+}
+
+}  // namespace vla::cuda
