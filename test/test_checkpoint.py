@@ -516,6 +516,13 @@ def test_random_weights_are_of_the_golden_scale(family: str) -> None:
         assert abs(ours.std() / theirs.std() - 1) < 6 / count**0.5, name
 
 
+def test_random_tensors_depend_on_name_and_seed() -> None:
+    first = random_tensor("a.weight", (4, 8), 0)
+    assert np.array_equal(first, random_tensor("a.weight", (4, 8), 0))
+    assert not np.array_equal(first, random_tensor("b.weight", (4, 8), 0))
+    assert not np.array_equal(first, random_tensor("a.weight", (4, 8), 1))
+
+
 def test_full_size_is_the_published_one() -> None:
     def millions(family: str) -> float:
         return sum(int(np.prod(s)) for s in tensor_shapes(family, full_sizes(family)).values()) / 1e6
