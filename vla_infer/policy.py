@@ -79,7 +79,7 @@ class Policy:
         self._sizes = model.sizes(ckpt, steps=num_steps)
         self._processors = build_processors(ckpt)
         self._max_image = max_image
-        longest = int(ckpt.config["tokenizer_max_length"])
+        longest = self._processors.max_tokens
         buckets = (*(b for b in BUCKETS if b < longest), longest)
         frame_bytes = max_image[0] * max_image[1] * 3
         tapes = [model.record(self._sizes, prompt=b, frame_bytes=frame_bytes) for b in buckets]
