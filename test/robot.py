@@ -19,7 +19,7 @@ from vla_infer.codecs import CODECS, JointSample, message_class
 
 os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
 
-TOPICS = {"top": "/top/image_raw", "wrist": "/wrist/image_raw"}
+TOPICS = {"top": "top/image_raw", "wrist": "wrist/image_raw"}
 JOINTS = (
     "gripper",
     "wrist_roll",
@@ -38,10 +38,10 @@ class Robot:
     commands: topic -> list of (steady time, message); diagnostics: status name -> last DiagnosticStatus.
     """
 
-    def __init__(self, commands: dict[str, str]) -> None:
+    def __init__(self, commands: dict[str, str], *, namespace: str = "") -> None:
         self.context = rclpy.Context()
         rclpy.init(context=self.context, args=[])
-        self.node = rclpy.create_node("robot", context=self.context)
+        self.node = rclpy.create_node("robot", context=self.context, namespace=namespace)
         self.feeding: set[str] = set()
         self.position = dict.fromkeys(JOINTS, 0.1)
         self.commands: dict[str, list[tuple[float, Any]]] = {topic: [] for topic in commands}
@@ -53,8 +53,8 @@ class Robot:
         self._cameras = {
             name: self.node.create_publisher(image, topic, BEST_EFFORT) for name, topic in TOPICS.items()
         }
-        self._joints = self.node.create_publisher(joint_state, "/joint_states", BEST_EFFORT)
-        self._instruction = self.node.create_publisher(String, "/instruction", 10)
+        self._joints = self.node.create_publisher(joint_state, "joint_states", BEST_EFFORT)
+        self._instruction = self.node.create_publisher(String, "instruction", 10)
         for topic, kind in commands.items():
             self.node.create_subscription(message_class(kind), topic, self._ear(topic), 10)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)

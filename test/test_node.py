@@ -16,7 +16,7 @@ import yaml
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from rclpy.parameter import Parameter  # noqa: E402
-from robot import TOPICS, Robot, until  # noqa: E402
+from robot import Robot, until  # noqa: E402
 from standin import StandIn  # noqa: E402
 
 from vla_infer.codecs import COMMAND_CODECS  # noqa: E402
@@ -430,7 +430,6 @@ def test_two_outputs_and_a_velocity_that_ends_in_zero(make: Any, tmp_path: Path)
 
 def test_topics_follow_the_namespace(make: Any) -> None:
     harness = make(commands={f"/left{DRY}": ARRAY, DRY: ARRAY})
-    assert TOPICS["top"] == "/top/image_raw"
     other = VlaNode(
         policy_loader=harness.load,
         context=harness.context,

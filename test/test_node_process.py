@@ -96,6 +96,18 @@ def test_a_signal_ends_with_a_hold(robot: Robot, start: Any, tmp_path: Path, num
     assert "Traceback" not in output
 
 
+def test_signals_that_keep_coming(robot: Robot, start: Any) -> None:
+    """A terminal's Ctrl-C reaches the node at once and again by way of ros2 launch."""
+    program = start(STANDIN, policy="plain")
+    until(lambda: robot.value("state", "lifecycle") == "active", what="active")
+    while program.process.poll() is None:
+        program.process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    output, _ = program.process.communicate()
+    assert program.process.returncode == 0, output
+    assert "Traceback" not in output
+
+
 def test_a_signal_in_the_middle_of_an_inference(robot: Robot, start: Any) -> None:
     program = start(STANDIN, policy="slow")
     robot.feed()

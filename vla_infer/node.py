@@ -264,9 +264,14 @@ def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any]
         print(f"vla_node: cannot start: {describe(error)}", file=sys.stderr)
         rclpy.try_shutdown()
         return 1
+    # An inference thread in Python code would otherwise keep the control tick waiting for up to 5 ms.
+    sys.setswitchinterval(0.0005)
     run(node, make_executor())
     node.close()
     rclpy.try_shutdown()
+    # The interpreter gives back its handlers before it is gone: a second Ctrl-C must not kill it then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if node.thread_left:
         # A thread inside the engine cannot be ended, and the interpreter must not go away under it.
         sys.stdout.flush()
