@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from vla_infer.models import smolvla
+from vla_infer.models import pi0, pi05, smolvla
 
-FAMILIES: dict[str, ModuleType] = {"smolvla": smolvla}
+FAMILIES: dict[str, ModuleType] = {"smolvla": smolvla, "pi0": pi0, "pi05": pi05}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vla_infer.tape import Norm, Rope, Tape, Tensor, Weight
+from vla_infer.tape import Loop, Norm, Rope, Tape, Tensor, Weight
 
 # A key in this block is seen by no query: padding, or the tokens of a camera that is missing.
 UNSEEN = 2**30
@@ -70,10 +70,6 @@ def layer_norm(t: Tape, name: str, width: int, eps: float) -> Norm:
     return Norm("layer", eps, t.param(f"{name}.weight", (1, width)), t.param(f"{name}.bias", (1, width)))
 
 
-def rms_norm(t: Tape, name: str, d: Decoder) -> Norm:
-    return Norm("rms", d.eps, t.param(f"{name}.weight", (1, d.width)), plus=d.norm_plus)
-
-
 def affine(t: Tape, x: Tensor, name: str, n: int, **options: object) -> Tensor:
     """A product with the weight and the bias of the checkpoint's module `name`."""
     bias = t.param(f"{name}.bias", (1, n))
@@ -104,29 +100,6 @@ def siglip(t: Tape, frames: Tensor, geometry: Tensor, name: str, v: Vision) -> T
     return x
 
 
-def projections(name: str, d: Decoder, names: str = "qkv") -> dict[str, Weight]:
-    """The weights of a layer's query, key and value projections."""
-    heads = {"q": d.heads, "k": d.kv_heads, "v": d.kv_heads}
-    return {n: weight(f"{name}.self_attn.{n}_proj", heads[n] * d.head_dim, d.width) for n in names}
-
-
-NormOf = Callable[[str], tuple[Norm, Tensor | None]]
-
-
-def after_attention(
-    t: Tape, x: Tensor, a: Tensor, name: str, d: Decoder, norm_of: NormOf | None = None
-) -> Tensor:
-    """x + gate * o_proj(a), then x + gate * mlp(norm(x)). `norm_of(module)` gives (norm, gate) where they adapt."""
-    _, gate = norm_of(f"{name}.input_layernorm") if norm_of else (None, None)
-    o = weight(f"{name}.self_attn.o_proj", d.width, d.heads * d.head_dim)
-    x = t.linear(a, o, residual=x, gate=gate)
-    after = f"{name}.post_attention_layernorm"
-    norm, gate = norm_of(after) if norm_of else (rms_norm(t, after, d), None)
-    gate_up = [weight(f"{name}.mlp.{n}_proj", d.mlp, d.width) for n in ("gate", "up")]
-    h = t.gated_linear(x, *gate_up, norm=norm, act=d.act)
-    return t.linear(h, weight(f"{name}.mlp.down_proj", d.width, d.mlp), residual=x, gate=gate)
-
-
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of one layer: (prefix + suffix rows, kv_heads * head_dim)."""
@@ -135,25 +108,117 @@ class Cache:
     v: Tensor
 
 
-def prefix_layers(
-    t: Tape, x: Tensor, name: str, d: Decoder, caches: list[Cache], rope: Rope, blocks: tuple[Tensor, Tensor]
-) -> None:
-    """Fill the first rows of the caches from the prefix x. What follows the last layer's keys is not needed."""
-    rows = x.rows
-    for i, cache in enumerate(caches):
-        at = f"{name}.layers.{i}"
-        last = i == len(caches) - 1
-        qkv = t.qkv(
-            x,
-            projections(at, d, "kv" if last else "qkv"),
-            head_dim=d.head_dim,
-            norm=rms_norm(t, f"{at}.input_layernorm", d),
-            rope=rope,
-            into={"k": cache.k[:rows], "v": cache.v[:rows]},
-        )
-        if not last:
-            a = t.attention(qkv["q"], qkv["k"], qkv["v"], head_dim=d.head_dim, blocks=blocks)
-            x = after_attention(t, x, a, at, d)
+@dataclass(frozen=True)
+class Sequence:
+    """Prefix and suffix as one sequence: what each row's position and block are, and a cache for each layer.
+
+    positions and blocks (rows, 1) i32, table (rows, head_dim): see `Rope` and `Tape.attention`.
+    """
+
+    positions: Tensor
+    blocks: Tensor
+    table: Tensor
+    caches: tuple[Cache, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.blocks.rows
+
+    def rope(self, rows: slice) -> Rope:
+        return Rope(self.table, self.positions[rows])
+
+    def mask(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        return self.blocks[queries], self.blocks[keys]
+
+
+def sequence(t: Tape, rows: int, d: Decoder, wavelength: float) -> Sequence:
+    """Inputs positions and blocks (see `index_inputs`), and the caches that the layers of `d` fill."""
+    kv = d.kv_heads * d.head_dim
+    return Sequence(
+        t.input("positions", (rows, 1), "i32"),
+        t.input("blocks", (rows, 1), "i32"),
+        t.constant("rope", rope_table(rows, d.head_dim, wavelength)),
+        tuple(Cache(t.temp(f"k{i}", (rows, kv)), t.temp(f"v{i}", (rows, kv))) for i in range(d.layers)),
+    )
+
+
+# module of a norm -> (the norm, the gate of the residual that follows or None)
+NormOf = Callable[[str], tuple[Norm, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Records the layers `name` of a checkpoint, one at a time. `adapt` replaces the plain RMS norms."""
+
+    t: Tape
+    d: Decoder
+    name: str
+    adapt: NormOf | None = None
+
+    def norm(self, module: str) -> tuple[Norm, Tensor | None]:
+        name = f"{self.name}.{module}"
+        if self.adapt:
+            return self.adapt(name)
+        return Norm(
+            "rms", self.d.eps, self.t.param(f"{name}.weight", (1, self.d.width)), plus=self.d.norm_plus
+        ), None
+
+    def project(
+        self, x: Tensor, layer: int, names: str, rope: Rope, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Those of q, k and v that are in `names`, of the normalised x."""
+        d, at = self.d, f"layers.{layer}"
+        heads = {"q": d.heads, "k": d.kv_heads, "v": d.kv_heads}
+        w = {n: weight(f"{self.name}.{at}.self_attn.{n}_proj", heads[n] * d.head_dim, d.width) for n in names}
+        norm, _ = self.norm(f"{at}.input_layernorm")
+        return self.t.qkv(x, w, head_dim=d.head_dim, norm=norm, rope=rope, into=into)
+
+    def attend(self, x: Tensor, layer: int, seq: Sequence, cache: Cache, start: int) -> Tensor:
+        """Attention of x, the rows from `start` of the sequence, to all keys up to its own, which it writes."""
+        rows, seen = slice(start, start + x.rows), slice(start + x.rows)
+        q = self.project(x, layer, "qkv", seq.rope(rows), {"k": cache.k[rows], "v": cache.v[rows]})["q"]
+        blocks = seq.mask(rows, seen)
+        return self.t.attention(q, cache.k[seen], cache.v[seen], head_dim=self.d.head_dim, blocks=blocks)
+
+    def after_attention(self, x: Tensor, a: Tensor, layer: int) -> Tensor:
+        """x + gate * o_proj(a), then x + gate * mlp(norm(x))."""
+        t, d, at = self.t, self.d, f"layers.{layer}"
+        name = f"{self.name}.{at}"
+        _, gate = self.norm(f"{at}.input_layernorm")
+        x = t.linear(a, weight(f"{name}.self_attn.o_proj", d.width, a.cols), residual=x, gate=gate)
+        norm, gate = self.norm(f"{at}.post_attention_layernorm")
+        wide = [weight(f"{name}.mlp.{n}_proj", d.mlp, d.width) for n in ("gate", "up")]
+        h = t.gated_linear(x, *wide, norm=norm, act=d.act)
+        return t.linear(h, weight(f"{name}.mlp.down_proj", d.width, d.mlp), residual=x, gate=gate)
+
+    def fill(self, x: Tensor, seq: Sequence, start: int = 0) -> None:
+        """Keys and values of x, the rows from `start`, in every cache. What follows the last keys is not needed."""
+        last = len(seq.caches) - 1
+        for i, cache in enumerate(seq.caches[:last]):
+            x = self.after_attention(x, self.attend(x, i, seq, cache, start), i)
+        rows, cache = slice(start, start + x.rows), seq.caches[last]
+        self.project(x, last, "kv", seq.rope(rows), {"k": cache.k[rows], "v": cache.v[rows]})
+
+
+def index_inputs(
+    seen: npt.NDArray[np.bool_], suffix: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.int32]]:
+    """positions and blocks of a sequence: `seen` (prefix rows) says which are there, block 0; `suffix` holds the
+    blocks of the rows after them. Positions count only what is seen."""
+    valid = np.concatenate([seen, np.ones(suffix.size, bool)])
+    blocks = np.concatenate([np.zeros(seen.size, np.int64), suffix])
+    positions = np.maximum(np.cumsum(valid) - 1, 0)
+    return {
+        "positions": positions.astype(np.int32)[:, None],
+        "blocks": np.where(valid, blocks, UNSEEN).astype(np.int32)[:, None],
+    }
+
+
+def prefix_seen(
+    present: tuple[bool, ...], image_tokens: int, *, prompt: int, tokens: int
+) -> npt.NDArray[np.bool_]:
+    """Which rows of a prefix are there: the cameras that are present, `tokens` of `prompt` places."""
+    return np.concatenate([np.repeat(np.array(present, bool), image_tokens), np.arange(prompt) < tokens])
 
 
 def rope_table(positions: int, head_dim: int, wavelength: float) -> npt.NDArray[np.float32]:
@@ -198,3 +263,42 @@ def flow_inputs(t: Tape, horizon: int, action_dim: int, steps: int) -> Flow:
     time = t.constant("time", flow_times(steps).astype(np.float32)[:, None])
     t.output("actions", actions)
     return Flow(actions, time, guide, steps)
+
+
+def step(t: Tape, x: Tensor, norm: Norm, flow: Flow, loop: Loop) -> None:
+    """One Euler step of the actions along the velocity that the expert's last hidden states x project to."""
+    actions, name = flow.actions, "model.action_out_proj"
+    previous, weights, gain = flow.guide
+    t.euler(
+        x,
+        weight(name, actions.cols, x.cols),
+        actions,
+        norm=norm,
+        bias=t.param(f"{name}.bias", (1, actions.cols)),
+        dt=-1.0 / loop.steps,
+        time=flow.time.at(loop),
+        guide=(previous, weights, gain.at(loop)),
+    )
+
+
+def time_table(t: Tape, steps: int, width: int, periods: tuple[float, float]) -> Tensor:
+    """The embedding of each step's time, (steps, width) f32."""
+    return t.constant("time_embedding", time_embedding(flow_times(steps), width, *periods))
+
+
+class ActionTimeMlp:
+    """mlp_out(silu(mlp_in [in_proj(actions) | time])), of SmolVLA and π0. The time enters through a bias of its
+    own for each step, so that mlp_in is half as wide while denoising."""
+
+    def __init__(self, t: Tape, times: Tensor, width: int) -> None:
+        name = "model.action_time_mlp_in"
+        self.t, self.width = t, width
+        self.of_action = Weight(f"{name}.weight", width, width, (0, width))
+        of_time = Weight(f"{name}.weight", width, width, (width, 2 * width))
+        bias = t.temp("time_bias", (times.rows, width), "f32")
+        self.bias = t.linear(times, of_time, bias=t.param(f"{name}.bias", (1, width)), out=bias)
+
+    def __call__(self, actions: Tensor, loop: Loop) -> Tensor:
+        x = affine(self.t, actions, "model.action_in_proj", self.width)
+        x = self.t.linear(x, self.of_action, bias=self.bias.at(loop), act="silu")
+        return affine(self.t, x, "model.action_time_mlp_out", self.width)

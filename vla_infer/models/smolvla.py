@@ -14,7 +14,7 @@ import numpy.typing as npt
 from vla_infer.checkpoint import Checkpoint
 from vla_infer.errors import CheckpointError
 from vla_infer.models import layers as L
-from vla_infer.tape import Rope, Tape, Tensor, Weight
+from vla_infer.tape import Rope, Tape, Tensor
 
 ROOT = "model.vlm_with_expert"
 VLM = f"{ROOT}.vlm.model"
@@ -106,12 +106,12 @@ def sizes(ckpt: Checkpoint, *, steps: int | None = None) -> Sizes:
     )
 
 
-def record(s: Sizes, *, prompt: int, frame_bytes: int) -> Tape:
+def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> Tape:
     """The forward pass for prompts of up to `prompt` tokens and pictures of up to `frame_bytes` bytes.
 
     Inputs beside those of `layers.flow_inputs`: frames, geometry (see `Tape.image_patches`), tokens (prompt, 1),
     state (1, state_dim), positions (prefix + horizon, 1) and blocks (the same), see `index_inputs`.
-    Outputs: actions; probes vision_out, image_tokens.
+    Outputs: actions; with `probes` also vision_out (as `Tape.space_to_depth` leaves it) and image_tokens.
     """
     t = Tape()
     frames = t.input("frames", (s.cameras, frame_bytes), "u8")
@@ -121,10 +121,7 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int) -> Tape:
     flow = L.flow_inputs(t, s.horizon, s.action_dim, s.steps)
     images = s.cameras * s.image_tokens
     rows = images + prompt + 1
-    total = rows + s.horizon
-    positions = t.input("positions", (total, 1), "i32")
-    blocks = t.input("blocks", (total, 1), "i32")
-    table = t.constant("rope", L.rope_table(total, s.text.head_dim, WAVELENGTH))
+    seq = L.sequence(t, rows + s.horizon, s.text, WAVELENGTH)
 
     # prefix: images | instruction | state
     prefix = t.temp("prefix", (rows, s.text.width))
@@ -136,62 +133,37 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int) -> Tape:
     embedding = t.param(f"{VLM}.text_model.embed_tokens.weight", (s.vocabulary, s.text.width), "act")
     t.embed(tokens, embedding, scale=s.text.width**0.5, out=prefix[images : rows - 1])
     L.affine(t, state, "model.state_proj", s.text.width, out=prefix[rows - 1 :])
-
-    kv = s.text.kv_heads * s.text.head_dim
-    caches = [
-        L.Cache(t.temp(f"k{i}", (total, kv)), t.temp(f"v{i}", (total, kv))) for i in range(s.text.layers)
-    ]
-    rope = Rope(table, positions[:rows])
-    L.prefix_layers(t, prefix, f"{VLM}.text_model", s.text, caches, rope, (blocks[:rows], blocks[:rows]))
+    if probes:
+        t.output("vision_out", merged)
+        t.output("image_tokens", prefix[:images])
+    L.Stack(t, s.text, f"{VLM}.text_model").fill(prefix, seq)
 
     # what the cross-attending layers see of the prefix does not change while denoising
+    e, kv = s.expert, s.text.kv_heads * s.text.head_dim
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     for i in range(0, s.text.layers, s.expert_every):
         if i % s.self_every:
             at = f"{EXPERT}.layers.{i // s.expert_every}.self_attn"
-            k = t.linear(caches[i].k[:rows], L.weight(f"{at}.k_proj", kv, kv))
-            seen[i] = (k, t.linear(caches[i].v[:rows], L.weight(f"{at}.v_proj", kv, kv)))
+            k = t.linear(seq.caches[i].k[:rows], L.weight(f"{at}.k_proj", kv, kv))
+            seen[i] = (k, t.linear(seq.caches[i].v[:rows], L.weight(f"{at}.v_proj", kv, kv)))
 
-    # time enters through the bias of the action-time MLP: a table with a row for each step
-    e = s.expert
-    mlp_in, mlp_bias = "model.action_time_mlp_in", t.param("model.action_time_mlp_in.bias", (1, e.width))
-    times = t.constant("time_embedding", L.time_embedding(L.flow_times(s.steps), e.width, *s.periods))
-    of_time = Weight(f"{mlp_in}.weight", e.width, e.width, (e.width, 2 * e.width))
-    of_action = Weight(f"{mlp_in}.weight", e.width, e.width, (0, e.width))
-    time_bias = t.linear(times, of_time, bias=mlp_bias, out=t.temp("time_bias", (s.steps, e.width), "f32"))
+    of_action = L.ActionTimeMlp(t, L.time_table(t, s.steps, e.width, s.periods), e.width)
     own = t.constant("own_positions", np.arange(s.horizon, dtype=np.int32)[:, None], "i32")
+    cross = Rope(seq.table, own)
+    expert = L.Stack(t, e, EXPERT)
 
     with t.loop(s.steps) as step:
-        x = L.affine(t, flow.actions, "model.action_in_proj", e.width)
-        x = t.linear(x, of_action, bias=time_bias.at(step), act="silu")
-        x = L.affine(t, x, "model.action_time_mlp_out", e.width)
+        x = of_action(flow.actions, step)
         for i in range(0, s.text.layers, s.expert_every):
-            at = f"{EXPERT}.layers.{i // s.expert_every}"
-            norm = L.rms_norm(t, f"{at}.input_layernorm", e)
+            layer = i // s.expert_every
             if i in seen:
-                q = L.projections(at, e, "q")
-                cross = Rope(table, own)
-                query = t.qkv(x, q, head_dim=e.head_dim, norm=norm, rope=cross)["q"]
-                k, v = seen[i]
-                a = t.attention(query, k, v, head_dim=e.head_dim, blocks=(blocks[rows:], blocks[:rows]))
+                query = expert.project(x, layer, "q", cross)["q"]
+                blocks = seq.mask(slice(rows, None), slice(rows))
+                a = t.attention(query, *seen[i], head_dim=e.head_dim, blocks=blocks)
             else:
-                cache = caches[i]
-                here = Rope(table, positions[rows:])
-                into = {"k": cache.k[rows:], "v": cache.v[rows:]}
-                w = L.projections(at, e)
-                query = t.qkv(x, w, head_dim=e.head_dim, norm=norm, rope=here, into=into)["q"]
-                a = t.attention(query, cache.k, cache.v, head_dim=e.head_dim, blocks=(blocks[rows:], blocks))
-            x = L.after_attention(t, x, a, at, e)
-        t.euler(
-            x,
-            L.weight("model.action_out_proj", s.action_dim, e.width),
-            flow.actions,
-            norm=L.rms_norm(t, f"{EXPERT}.norm", e),
-            bias=t.param("model.action_out_proj.bias", (1, s.action_dim)),
-            dt=-1.0 / s.steps,
-            time=flow.time.at(step),
-            guide=(flow.guide[0], flow.guide[1], flow.guide[2].at(step)),
-        )
+                a = expert.attend(x, layer, seq, seq.caches[i], rows)
+            x = expert.after_attention(x, a, layer)
+        L.step(t, x, expert.norm("norm")[0], flow, step)
     return t
 
 
@@ -201,14 +173,7 @@ def index_inputs(
     """positions and blocks for `tokens` real tokens in a bucket of `prompt`, and the cameras that are there.
 
     Images and instruction see each other (block 0), the state sees them too (1), action i sees the actions up to
-    itself (2 + i). Positions count only what is seen.
+    itself (2 + i).
     """
-    image = np.repeat(np.array(present, bool), s.image_tokens)
-    text = np.arange(prompt) < tokens
-    valid = np.concatenate([image, text, np.ones(1 + s.horizon, bool)])
-    blocks = np.concatenate([np.zeros(image.size + prompt, np.int64), 1 + np.arange(1 + s.horizon)])
-    positions = np.maximum(np.cumsum(valid) - 1, 0)
-    return {
-        "positions": positions.astype(np.int32)[:, None],
-        "blocks": np.where(valid, blocks, L.UNSEEN).astype(np.int32)[:, None],
-    }
+    seen = L.prefix_seen(present, s.image_tokens, prompt=prompt, tokens=tokens)
+    return L.index_inputs(seen, 1 + np.arange(1 + s.horizon))
