@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from vla_infer.policy import Policy as Policy
     from vla_infer.policy import PolicyInfo as PolicyInfo
     from vla_infer.policy import load_policy as load_policy
+    from vla_infer.rtc import Rtc as Rtc
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "PolicyInfo", "__version__", "load_policy"]
+__all__ = ["Policy", "PolicyInfo", "Rtc", "__version__", "load_policy"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from vla_infer import policy
 
         return getattr(policy, name)
+    if name == "Rtc":
+        from vla_infer.rtc import Rtc
+
+        return Rtc
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

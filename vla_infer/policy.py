@@ -17,6 +17,7 @@ from vla_infer.engine import Engine, Program
 from vla_infer.errors import CheckpointError, EngineError, ObservationError
 from vla_infer.models import FAMILIES
 from vla_infer.processors import build_processors
+from vla_infer.rtc import Rtc, tape_inputs
 from vla_infer.safetensors_io import to_float32
 from vla_infer.tape import Tape
 
@@ -130,6 +131,7 @@ class Policy:
         task: str,
         *,
         noise: npt.NDArray[np.float32] | None = None,
+        rtc: Rtc | None = None,
     ) -> npt.NDArray[np.float32]:
         """An action chunk for one observation.
 
@@ -140,13 +142,14 @@ class Policy:
             state: (state_dim,) in robot units, in the order the policy was trained with.
             task: the instruction.
             noise: (horizon, max_action_dim), the start of denoising; drawn from a normal distribution when None.
+            rtc: what the chunk has to continue (real-time chunking); None starts afresh.
 
         Returns:
             (horizon, action_dim) float32 in robot units. Values are whatever the policy gives: they are not
             checked here for limits, nor for being finite.
 
         Raises:
-            ObservationError: an image, the state, the task or the noise cannot be used; nothing was run.
+            ObservationError: an image, the state, the task, the noise or `rtc` cannot be used; nothing was run.
             EngineError: the policy is closed, or its device failed.
         """
         with self._lock:
@@ -158,6 +161,7 @@ class Policy:
             program = self._program(len(encoded.tokens))
             self._fill(program, images, encoded.state, encoded.tokens)
             self._fill_noise(program, noise)
+            self._fill_rtc(program, rtc, raw)
             ready = time.perf_counter()
             program[1].run()
             ran = time.perf_counter()
@@ -209,8 +213,6 @@ class Policy:
         index = self._model.index_inputs(self._sizes, prompt=bucket, tokens=len(tokens), present=present)
         for name, values in index.items():
             inputs[name][...] = values
-        for name in ("rtc_previous", "rtc_weight", "rtc_gain"):
-            inputs[name][...] = 0
 
     def _fill_noise(self, program: tuple[int, Program], noise: npt.NDArray[np.float32] | None) -> None:
         target = program[1].inputs["actions"]
@@ -220,6 +222,22 @@ class Policy:
         if noise.shape != target.shape or not np.isfinite(noise).all():
             raise ObservationError(f"noise: expected {target.shape}, all finite, got {noise.shape}")
         target[...] = noise
+
+    def _fill_rtc(
+        self, program: tuple[int, Program], rtc: Rtc | None, state: npt.NDArray[np.float32]
+    ) -> None:
+        inputs = program[1].inputs
+        if rtc is None:
+            for name in ("rtc_previous", "rtc_weight", "rtc_gain"):
+                inputs[name][...] = 0
+            return
+        horizon, width = inputs["rtc_previous"].shape
+        previous = rtc.previous
+        if not rtc.normalized:
+            previous = self._processors.normalize_actions(previous, state)
+        values = tape_inputs(rtc, previous, horizon=horizon, width=width, steps=self._sizes.steps)
+        for name, value in values.items():
+            inputs[name][...] = value
 
     def _renamed(self, images: Mapping[str, Image]) -> dict[str, Image]:
         names = self._processors.rename_map

@@ -111,6 +111,7 @@ def prefix(t: Tape, s: Sizes, seq: L.Sequence, *, prompt: int, frame_bytes: int,
     tokens = t.input("tokens", (prompt, 1), "i32")
     images = s.cameras * s.image_tokens
     rows = t.temp("prefix", (images + prompt, s.text.width))
+    t.stage = "vision"
     x = L.siglip(t, frames, geometry, VISION, s.vision)
     norm = L.layer_norm(t, f"{VISION}.post_layernorm", s.vision.hidden, s.vision.eps)
     L.affine(t, x, PROJECTOR, s.text.width, norm=norm, out=rows[:images])
@@ -118,7 +119,9 @@ def prefix(t: Tape, s: Sizes, seq: L.Sequence, *, prompt: int, frame_bytes: int,
     t.embed(tokens, embedding, scale=s.text.width**0.5, out=rows[images:])
     if probes:
         t.output("image_tokens", rows[:images])
+    t.stage = "prefix"
     L.Stack(t, s.text, TEXT).fill(rows, seq)
+    t.stage = "denoising"
 
 
 def denoise(

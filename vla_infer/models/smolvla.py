@@ -125,6 +125,7 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
 
     # prefix: images | instruction | state
     prefix = t.temp("prefix", (rows, s.text.width))
+    t.stage = "vision"
     x = L.siglip(t, frames, geometry, f"{VLM}.vision_model", s.vision)
     norm = L.layer_norm(t, f"{VLM}.vision_model.post_layernorm", s.vision.hidden, s.vision.eps)
     merged = t.space_to_depth(x, s.scale_factor, grid=s.vision.grid, norm=norm)
@@ -136,8 +137,10 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
     if probes:
         t.output("vision_out", merged)
         t.output("image_tokens", prefix[:images])
+    t.stage = "prefix"
     L.Stack(t, s.text, f"{VLM}.text_model").fill(prefix, seq)
 
+    t.stage = "denoising"
     # what the cross-attending layers see of the prefix does not change while denoising
     e, kv = s.expert, s.text.kv_heads * s.text.head_dim
     seen: dict[int, tuple[Tensor, Tensor]] = {}
