@@ -25,6 +25,8 @@ from vla_infer.tape import Tape
 
 Array = npt.NDArray[Any]
 
+torch.set_num_threads(1)  # tensors this small only wait for more threads
+
 
 @dataclass(frozen=True)
 class Run:
@@ -90,9 +92,7 @@ class GoldenModel:
             else tape_inputs(rtc, rtc.previous, horizon=shape.rows, width=shape.cols, steps=steps)
         )
         s = replace(self.sizes, cameras=cameras)
-        index = self.model.index_inputs(
-            s, prompt=prompt, tokens=len(tokens), present=run.present[:cameras]
-        )
+        index = self.model.index_inputs(s, prompt=prompt, tokens=len(tokens), present=run.present[:cameras])
         values = {
             "frames": frames.reshape(cameras, -1),
             "geometry": geometry,
