@@ -190,8 +190,8 @@ def test_rtc_in_robot_units(model: GoldenModel) -> None:
     two = vla_infer.Rtc(normalized, 3, 6, "EXP", normalized=True)
     first, second = (policy.predict(images, state, g.task, noise=noise, rtc=r) for r in (one, two))
     np.testing.assert_array_equal(first, second)
+    too_long = vla_infer.Rtc(np.zeros((11, 32), np.float32), 1, 5, normalized=True)
     with pytest.raises(ObservationError, match=r"rtc: previous: expected at most \(10, 32\), got \(11, 32\)"):
-        too_long = vla_infer.Rtc(np.zeros((11, 32), np.float32), 1, 5, normalized=True)
         policy.predict(images, state, g.task, rtc=too_long)
     with pytest.raises(ObservationError, match=r"expected finite \(H, 6\)"):
         policy.predict(images, state, g.task, rtc=vla_infer.Rtc(np.zeros((4, 7), np.float32), 1, 5))
