@@ -58,7 +58,7 @@ def test_arguments_and_their_defaults() -> None:
     assert all(known[name] is kind for name, _, kind, _ in module.NODE_PARAMETERS)
 
 
-def test_it_starts_the_node_and_ends_it() -> None:
+def test_it_starts_the_node_and_ends_it(tmp_path: Path) -> None:
     load()
     ros2 = shutil.which("ros2")
     if ros2 is None or importlib.util.find_spec("ros2launch") is None:
@@ -69,13 +69,14 @@ def test_it_starts_the_node_and_ends_it() -> None:
         get_package_prefix("vla_infer")
     except PackageNotFoundError:
         pytest.skip("needs vla_infer to be installed and sourced (colcon build)")
-    from robot import Robot, until
+    from robot import Robot, patient_contract, until
 
     dry = "/arm/forward_position_controller/commands_dry"
     robot = Robot({dry: "std_msgs/msg/Float64MultiArray"}, namespace="arm")
     process = subprocess.Popen(
         [
-            *[ros2, "launch", "vla_infer", "bringup.launch.py", "contract:=so101", "namespace:=arm"],
+            *[ros2, "launch", "vla_infer", "bringup.launch.py", "namespace:=arm"],
+            f"contract:={patient_contract(tmp_path)}",
             f"policy:={ROOT / 'test' / 'golden' / 'smolvla'}",
         ],
         stdout=subprocess.PIPE,

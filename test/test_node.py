@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from rclpy.parameter import Parameter  # noqa: E402
-from robot import Robot, until  # noqa: E402
+from robot import Robot, patient_contract, until  # noqa: E402
 from standin import StandIn  # noqa: E402
 
 from vla_infer.codecs import COMMAND_CODECS  # noqa: E402
 from vla_infer.errors import CheckpointError  # noqa: E402
-from vla_infer.node import VlaNode, make_executor  # noqa: E402
+from vla_infer.node import VlaNode  # noqa: E402
+from vla_infer.node_support import make_executor  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 ARRAY = "std_msgs/msg/Float64MultiArray"
 COMMANDS = "/forward_position_controller/commands"
 DRY = COMMANDS + "_dry"
@@ -38,7 +37,7 @@ class Harness:
         self.commands = commands or {COMMANDS: ARRAY, DRY: ARRAY}
         self.policy = StandIn(behaviour)
         self.robot = Robot(self.commands)
-        values = {"policy": "standin", "contract": "so101", "autostart": False, **parameters}
+        values = {"policy": "standin", "autostart": False, **parameters}
         self.context = rclpy.Context()
         rclpy.init(context=self.context, args=[])
         self.node = VlaNode(
@@ -107,10 +106,12 @@ class Harness:
 
 
 @pytest.fixture
-def make(request: pytest.FixtureRequest) -> Iterator[Any]:
+def make(tmp_path: Path) -> Iterator[Any]:
     made: list[Harness] = []
 
     def factory(*arguments: Any, **keywords: Any) -> Harness:
+        if "contract" not in keywords:
+            keywords["contract"] = patient_contract(tmp_path)
         made.append(Harness(*arguments, **keywords))
         return made[-1]
 
@@ -223,7 +224,7 @@ def test_garbage_images_are_refused_on_one_line(make: Any) -> None:
     assert mine[0].endswith("message ignored")
     sent = len(harness.values(DRY))
     until(lambda: len(harness.values(DRY)) > sent + 5, what="commands go on")
-    assert harness.robot.value("control", "internal_errors") == "0"
+    assert harness.node._reporter.counts["internal_errors"] == 0
 
 
 @pytest.mark.parametrize("fault", ["nan", "missing"])
@@ -279,7 +280,7 @@ def test_lifecycle_there_and_back(make: Any) -> None:
     assert len(harness.values(DRY)) == len(sent)
     assert len(harness.policy.calls) <= calls + 1
     harness.robot.feeding.clear()
-    time.sleep(0.25)
+    time.sleep(0.1)
     assert harness.do(harness.node.trigger_activate) == "SUCCESS"
     time.sleep(0.2)
     assert len(harness.values(DRY)) == len(sent)  # nothing old is replayed
@@ -371,13 +372,6 @@ def test_every_parameter_describes_itself(make: Any) -> None:
     assert node.describe_parameter("threads").integer_range[0].to_value == 1024
 
 
-def contract_with(tmp_path: Path, command: Any) -> str:
-    document = yaml.safe_load((ROOT / "config" / "so101.yaml").read_text())
-    path = tmp_path / "robot.yaml"
-    path.write_text(yaml.safe_dump({**document, "command": command}))
-    return str(path)
-
-
 TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
 SIX = ["a", "b", "c", "d", "e", "f"]
 
@@ -385,7 +379,7 @@ SIX = ["a", "b", "c", "d", "e", "f"]
 @pytest.mark.parametrize("points", ["one", "chunk"])
 def test_trajectories(make: Any, tmp_path: Path, points: str) -> None:
     command = {"topic": "arm", "type": "JointTrajectory", "joints": SIX, "units": "deg", "points": points}
-    harness = make(contract=contract_with(tmp_path, command), commands={"/arm_dry": TRAJECTORY})
+    harness = make(contract=patient_contract(tmp_path, command=command), commands={"/arm_dry": TRAJECTORY})
     harness.start()
     harness.robot.feed()
     until(lambda: len(harness.robot.commands["/arm_dry"]) > 3, what="trajectories")
@@ -398,7 +392,7 @@ def test_trajectories(make: Any, tmp_path: Path, points: str) -> None:
             assert setpoint.times[0] == pytest.approx(0.02)
         else:
             assert len(setpoint.times) > 20
-            np.testing.assert_allclose(np.diff(setpoint.times[1:]), 1 / 30, atol=1e-6)
+            np.testing.assert_allclose(np.diff(setpoint.times[1:]), 0.1, atol=1e-6)
             np.testing.assert_allclose(np.diff(np.degrees(setpoint.values[:, 0])), 1.0, atol=1e-3)
     if points == "chunk":
         inferences = len(harness.policy.calls)
@@ -411,7 +405,7 @@ def test_two_outputs_and_a_velocity_that_ends_in_zero(make: Any, tmp_path: Path)
         {"topic": "base", "type": "TwistStamped", "axes": ["linear.x", "angular.z"], "frame_id": "base_link"},
     ]
     topics = {"/arm_dry": "sensor_msgs/msg/JointState", "/base_dry": "geometry_msgs/msg/TwistStamped"}
-    harness = make(contract=contract_with(tmp_path, command), commands=topics)
+    harness = make(contract=patient_contract(tmp_path, command=command), commands=topics)
     harness.start()
     harness.robot.feed()
     until(
@@ -442,3 +436,40 @@ def test_topics_follow_the_namespace(make: Any) -> None:
         assert {f"/left{DRY}", "/left/top/image_raw", "/left/joint_states", "/left/instruction"} <= names
     finally:
         other.close()
+
+
+def test_simulated_time_and_its_restart(make: Any) -> None:
+    harness = make(use_sim_time=True)
+    harness.start()
+    harness.robot.simulate(100.0)
+    harness.robot.feed()
+    until(lambda: len(harness.values(DRY)) > 5, what="commands in simulated time")
+    harness.robot.simulate(5.0)  # a bag that starts again
+    until(lambda: any("the clock was set by" in line for line in harness.lines), what="jump")
+    sent, calls = len(harness.values(DRY)), len(harness.policy.calls)
+    until(lambda: len(harness.policy.calls) > calls + 3, what="inference after the restart")
+    until(lambda: len(harness.values(DRY)) > sent + 5, what="commands after the restart")
+    assert harness.node._reporter.counts["internal_errors"] == 0
+
+
+def test_what_was_made_is_unmade_when_configuration_fails_late(make: Any) -> None:
+    harness = make(instruction="x" * 5000)
+    assert harness.do(harness.node.trigger_configure) == "FAILURE"
+    assert harness.policy.closed
+    assert not any(thread.name == "vla_inference" for thread in threading.enumerate() if thread.is_alive())
+    late = make()
+    late.node.create_lifecycle_publisher = lambda *_: 1 / 0
+    assert late.do(late.node.trigger_configure) == "FAILURE"
+    assert "ZeroDivisionError" in late.lines[-1]
+    until(lambda: late.policy.closed, what="policy closed")
+
+
+def test_an_exception_in_a_transition_is_said_and_holds(make: Any) -> None:
+    harness = make()
+    assert harness.do(harness.node.trigger_configure) == "SUCCESS"
+    harness.node._running.control.start = lambda: 1 / 0
+    assert harness.do(harness.node.trigger_activate) == "ERROR"
+    assert any("on_activate failed: ZeroDivisionError" in line for line in harness.lines)
+    until(lambda: harness.policy.closed, what="release")
+    harness.policy = StandIn("plain")
+    harness.start()  # back in unconfigured, and able to start again

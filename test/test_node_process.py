@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
-from robot import IMAGE, Robot, until  # noqa: E402
+from robot import IMAGE, Robot, patient_contract, until  # noqa: E402
 
 from vla_infer.codecs import COMMAND_CODECS  # noqa: E402
 from vla_infer.contract import load_contract  # noqa: E402
@@ -36,7 +35,7 @@ class Program:
 
     def __init__(self, start: list[str], **parameters: Any) -> None:
         command = [sys.executable, *start, "--ros-args"]
-        for name, value in {"contract": "so101", **parameters}.items():
+        for name, value in parameters.items():
             command += ["-p", f"{name}:={value}"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
         self.process = subprocess.Popen(
@@ -59,10 +58,12 @@ def robot() -> Iterator[Robot]:
 
 
 @pytest.fixture
-def start() -> Iterator[Any]:
+def start(tmp_path: Path) -> Iterator[Any]:
     programs: list[Program] = []
 
     def factory(*arguments: Any, **parameters: Any) -> Program:
+        if "contract" not in parameters:
+            parameters["contract"] = patient_contract(tmp_path)
         programs.append(Program(*arguments, **parameters))
         return programs[-1]
 
@@ -79,17 +80,15 @@ def values(robot: Robot) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_a_hold(robot: Robot, start: Any, tmp_path: Path, number: int) -> None:
-    document = yaml.safe_load((HERE.parent / "config" / "so101.yaml").read_text())
     # Velocities, for which a hold is zero and cannot be taken for one more command.
-    joints = document["command"]["joints"]
-    document["command"] = {"topic": DRY.removesuffix("_dry")[1:], "interface": "velocity", "joints": joints}
-    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(document))
-    program = start(STANDIN, policy="plain", contract=tmp_path / "robot.yaml")
+    command = {"topic": DRY.removesuffix("_dry"), "interface": "velocity", "joints": list("abcdef")}
+    contract = patient_contract(tmp_path, command=command)
+    program = start(STANDIN, policy="plain", contract=contract)
     robot.feed()
     until(lambda: len(values(robot)) > 10, what="commands")
     seconds, output = program.stop(number)
     assert program.process.returncode == 0, output
-    assert seconds < 1.0
+    assert seconds < 2.0  # idle it is 0.2 s; the inference or the load would take 3 or 30
     time.sleep(0.1)
     assert np.abs(values(robot)[-2]).max() > 1
     np.testing.assert_array_equal(values(robot)[-1], np.zeros(6))
@@ -114,7 +113,7 @@ def test_a_signal_in_the_middle_of_an_inference(robot: Robot, start: Any) -> Non
     until(lambda: robot.message("state").startswith("the first chunk is computed"), what="first inference")
     seconds, output = program.stop()
     assert program.process.returncode == 0, output
-    assert seconds < 1.0
+    assert seconds < 2.0
     assert "Traceback" not in output
 
 
@@ -124,22 +123,27 @@ def test_a_signal_while_loading(robot: Robot, start: Any) -> None:
     time.sleep(0.3)
     seconds, output = program.stop()
     assert program.process.returncode == 0, output
-    assert seconds < 1.0
+    assert seconds < 2.0
     assert "told to stop while loading" in output
 
 
-def test_the_golden_policy_drives_the_robot_as_it_would_be_called(robot: Robot, start: Any) -> None:
+def test_the_golden_policy_drives_the_robot_as_it_would_be_called(
+    robot: Robot, start: Any, tmp_path: Path
+) -> None:
     """One observation alone: what is published are rows of what `predict` gives for it, in radians."""
     from vla_infer.policy import load_policy
 
-    contract = load_contract("so101")
-    program = start(NODE, policy=GOLDEN)
+    path = patient_contract(tmp_path)
+    contract = load_contract(path)
+    program = start(NODE, policy=GOLDEN, contract=path)
     until(lambda: robot.value("state", "lifecycle") == "active", timeout=20, what="active")
+    until(robot.connected, what="subscriptions")
+    time.sleep(0.3)  # the subscriber's side of the same
     robot.send_joints()
     robot.send_image("top")
     robot.send_image("wrist")
     until(lambda: values(robot), what="commands")
-    time.sleep(0.4)
+    time.sleep(0.5)
     published = np.array(values(robot))
     _, output = program.stop()
     assert program.process.returncode == 0, output
@@ -174,7 +178,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_node_waiting(
     time.sleep(0.2)
     seconds, output = program.stop()
     assert program.process.returncode == 0, output
-    assert seconds < 1.0
+    assert seconds < 2.0
     lines = [line for line in output.splitlines() if "[ERROR]" in line]
     assert len(lines) == 1, output
     assert str(policy) in lines[0]

@@ -6,12 +6,13 @@ actions to a robot. It holds no cleverness: contract, frame, chunk and scheduler
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import rclpy
@@ -23,14 +24,13 @@ from rclpy.signals import SignalHandlerOptions
 
 from .chunk import ActionLayout
 from .contract import load_contract
-from .errors import VlaInferError
 from .frame import FrameBuffer
 from .node_control import Control, Observing
 from .node_diagnostics import Running, array, describe_running, describe_state
 from .node_inference import InferenceWorker
 from .node_inputs import Inputs, InstructionSlot
 from .node_parameters import NodeParameters, Settings
-from .node_support import Interrupted, NodeClock, Reporter, describe, run_interruptible
+from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
 
 # How long cleanup waits for an inference that is under way; the thread ends by itself after that.
 _JOIN = 0.2
@@ -40,6 +40,23 @@ def _load_policy(path: str, **options: Any) -> Any:
     from .policy import load_policy  # the engine is needed at configuration, not to import this module
 
     return load_policy(path, **options)
+
+
+Transition = Callable[["VlaNode", LifecycleState], TransitionCallbackReturn]
+
+
+def _logged(transition: Transition) -> Transition:
+    """rclpy swallows what a transition raises; this says it first."""
+
+    @functools.wraps(transition)
+    def call(node: VlaNode, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return transition(node, state)
+        except Exception as error:
+            node._fail(f"{transition.__name__} failed: {describe(error)}")
+            return TransitionCallbackReturn.ERROR
+
+    return call
 
 
 class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no usable types
@@ -111,38 +128,31 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
                 threads=settings.threads or None,
             ),
             self.stop_requested,
-            lambda late: late.close(),
+            discard=lambda late: late.close(),
         )
-        info = policy.info
-        try:
+        with ExitStack() as undo:  # what is made is unmade when a later part fails
+            undo.callback(policy.close)
+            info = policy.info
             contract.check_policy(info)
-        except VlaInferError:
-            policy.close()
-            raise
-        slot = InstructionSlot(contract.instruction.default)
-        slot.put(settings.instruction)
-        buffer, layout = FrameBuffer(contract), ActionLayout(contract)
-        worker = InferenceWorker(
-            policy, buffer, layout, slot, clock=self._clock_pair, reporter=self._reporter
-        )
-        control = Control(
-            self,
-            layout,
-            Observing(buffer, worker, slot),
-            rate=settings.control_rate or contract.control_rate,
-            dry_run=settings.dry_run,
-            clock=self._clock_pair,
-            reporter=self._reporter,
-        )
-        inputs = Inputs(
-            self,
-            contract,
-            buffer,
-            slot,
-            clock=self._clock_pair,
-            reporter=self._reporter,
-            arrived=worker.wake,
-        )
+            slot = InstructionSlot(contract.instruction.default)
+            slot.put(settings.instruction)
+            buffer, layout = FrameBuffer(contract), ActionLayout(contract)
+            clock, reporter = self._clock_pair, self._reporter
+            worker = InferenceWorker(policy, buffer, layout, slot, clock=clock, reporter=reporter)
+            undo.pop_all()  # the policy is the worker's from here on
+            undo.callback(worker.stop, _JOIN)
+            control = Control(
+                self,
+                layout,
+                Observing(buffer, worker, slot),
+                rate=settings.control_rate or contract.control_rate,
+                dry_run=settings.dry_run,
+                clock=clock,
+                reporter=reporter,
+            )
+            undo.callback(control.destroy)
+            inputs = Inputs(self, contract, buffer, slot, clock=clock, reporter=reporter, arrived=worker.wake)
+            undo.pop_all()
         self.get_logger().info(
             f"{info.family} for '{contract.robot}': {len(contract.cameras)} cameras, state {info.state_dim}, "
             f"actions {info.horizon}x{info.action_dim}, {info.weight_bytes / 2**20:.1f} MiB of weights"
@@ -153,6 +163,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             )
         return Running(settings, contract, info, slot, buffer, worker, inputs, control)
 
+    @_logged
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         if self._running is None:
             return self._fail("nothing is configured")
@@ -162,23 +173,27 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._running.worker.enable()
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._halt()
         super().on_deactivate(state)
         self._label = "inactive"
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._release()
         self._label = "unconfigured"
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._release()
         self._label = "finalized"
         self.stop_requested.set()  # a finalized node can do nothing more: the process ends
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._release()
         self._label = "unconfigured"
@@ -211,6 +226,14 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._jump.unregister()
         self.destroy_node()
 
+    def spin_guarded(self, executor: Any) -> None:
+        """One turn of the executor. What rclpy itself raises is said and does not end the node."""
+        try:
+            executor.spin_once(timeout_sec=0.1)
+        except Exception as error:
+            self._reporter.counts.add("internal_errors")
+            self._reporter.error("executor", f"executor: {describe(error)}")
+
     def _on_jump(self, jump: Any) -> None:
         if self._running is not None:
             self._running.buffer.clear()
@@ -229,24 +252,13 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._diagnostics.publish(array(self.get_name(), hardware, statuses, stamp))
 
 
-def make_executor(context: Any = None) -> Any:
-    """EventsExecutor, which has the least timer error, where this rclpy has it; else the standard one."""
-    try:
-        from rclpy.experimental import EventsExecutor
-    except ImportError:  # before Jazzy
-        from rclpy.executors import SingleThreadedExecutor
-
-        return SingleThreadedExecutor(context=context)
-    return EventsExecutor(context=context)
-
-
 def run(node: VlaNode, executor: Any) -> None:
     """Spin until `node.stop_requested`, with spin_once: spin() was seen not to return on shutdown."""
     executor.add_node(node)
     if node.autostart:
         node.start()
     while not node.stop_requested.is_set():
-        executor.spin_once(timeout_sec=0.1)
+        node.spin_guarded(executor)
     executor.remove_node(node)
     executor.shutdown()
 

@@ -184,10 +184,11 @@ class Control:
                 self.holding = (
                     "no chunk is due; inference is not done" if command else "the first chunk is computed"
                 )
-        if state == self._state:
+        change = state if state == "playing" else f"{state} {readiness.kind}"
+        if change == self._state:
             return
+        self._state = change
         if state == "playing":
-            self._reporter.note("playing", "commands follow the policy")
+            self._reporter.note(change, "commands follow the policy")
         else:
-            self._reporter.warn(f"{state} {readiness.kind}", f"{state}: {self.holding}")
-        self._state = state
+            self._reporter.warn(change, f"{state}: {self.holding}")

@@ -10,7 +10,7 @@ from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPo
 
 from .codecs import CODECS, message_class, stamp_ns
 from .codecs_image import check_compressed, check_image
-from .contract import Camera, Contract
+from .contract import Camera, Contract, StateSource
 from .errors import ObservationError
 from .frame import FrameBuffer
 from .instruction import clean_instruction
@@ -64,31 +64,25 @@ class Inputs:
         self._reporter = reporter
         self._arrived = arrived
         self.image_age = Window()  # s from stamp to callback
-        self._subscriptions = [
-            self._subscribe(
-                camera.type,
-                camera.topic,
-                partial(self._on_image, camera),
-                input_qos(reliable=camera.reliable, depth=camera.depth),
-            )
-            for camera in contract.cameras
-        ]
+        self._subscriptions: list[Any] = []
+        try:
+            self._subscribe_all(contract)
+        except Exception:
+            self.destroy()
+            raise
+
+    def _subscribe_all(self, contract: Contract) -> None:
+        for camera in contract.cameras:
+            qos = input_qos(reliable=camera.reliable, depth=camera.depth)
+            self._subscribe(camera.type, camera.topic, partial(self._on_image, camera), qos)
         for index, source in enumerate(contract.states):
-            self._subscriptions.append(
-                self._subscribe(
-                    "sensor_msgs/msg/JointState",
-                    source.topic,
-                    partial(self._on_state, index, source.topic, source.receipt_stamp),
-                    input_qos(reliable=source.reliable, depth=10),
-                )
-            )
-        self._subscriptions.append(
+            qos = input_qos(reliable=source.reliable, depth=10)
             self._subscribe(
-                "std_msgs/msg/String",
-                contract.instruction.topic,
-                partial(self._on_instruction, contract.instruction.topic),
-                input_qos(reliable=True, depth=10),
+                "sensor_msgs/msg/JointState", source.topic, partial(self._on_state, index, source), qos
             )
+        topic = contract.instruction.topic
+        self._subscribe(
+            "std_msgs/msg/String", topic, self._on_instruction, input_qos(reliable=True, depth=10)
         )
 
     def destroy(self) -> None:
@@ -96,7 +90,7 @@ class Inputs:
             self._node.destroy_subscription(subscription)
         self._subscriptions.clear()
 
-    def _subscribe(self, kind: str, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
+    def _subscribe(self, kind: str, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> None:
         def receive(message: Any) -> None:
             self._reporter.counts.add(f"received {topic}")
             try:
@@ -105,9 +99,8 @@ class Inputs:
                 self._reporter.counts.add(f"rejected {topic}")
                 self._reporter.warn(f"rejected {topic}", f"{topic}: {error}; message ignored")
 
-        return self._node.create_subscription(
-            message_class(kind), topic, self._reporter.guarded(topic, receive), qos
-        )
+        guarded = self._reporter.guarded(topic, receive)
+        self._subscriptions.append(self._node.create_subscription(message_class(kind), topic, guarded, qos))
 
     def _on_image(self, camera: Camera, message: Any) -> None:
         now = self._clock.now()
@@ -117,13 +110,13 @@ class Inputs:
         self._buffer.add_image(camera.feature, message, stamp, now)
         self._arrived()
 
-    def _on_state(self, index: int, topic: str, receipt: bool, message: Any) -> None:  # noqa: FBT001
+    def _on_state(self, index: int, source: StateSource, message: Any) -> None:
         now = self._clock.now()
         sample = CODECS["sensor_msgs/msg/JointState"].decode(message)
-        self._buffer.add_state(index, sample, now.ros if receipt else stamp_ns(message), now)
+        self._buffer.add_state(index, sample, now.ros if source.receipt_stamp else stamp_ns(message), now)
         self._arrived()
 
-    def _on_instruction(self, topic: str, message: Any) -> None:
+    def _on_instruction(self, message: Any) -> None:
         if not self._slot.put(CODECS["std_msgs/msg/String"].decode(message)):
             raise ObservationError("the instruction is empty; the one in force stays")
         self._reporter.info(f"instruction: '{self._slot.text}'")

@@ -90,7 +90,7 @@ class Interrupted(Exception):
     """The node was told to stop while it was waiting."""
 
 
-def run_interruptible(function: Callable[[], T], stop: threading.Event, discard: Callable[[T], None]) -> T:
+def run_interruptible(function: Callable[[], T], stop: threading.Event, *, discard: Callable[[T], None]) -> T:
     """`function()` in a thread of its own, so that a signal can end the wait for it.
 
     Raises what it raises, or Interrupted once `stop` is set; a result that comes after that goes to
@@ -125,3 +125,14 @@ def run_interruptible(function: Callable[[], T], stop: threading.Event, discard:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def make_executor(context: Any = None) -> Any:
+    """EventsExecutor, which has the least timer error, where this rclpy has it; else the standard one."""
+    try:
+        from rclpy.experimental import EventsExecutor
+    except ImportError:  # before Jazzy
+        from rclpy.executors import SingleThreadedExecutor
+
+        return SingleThreadedExecutor(context=context)
+    return EventsExecutor(context=context)
