@@ -1,0 +1,138 @@
+"""What the demonstration shows, from command stamps and diagnostics to lines of text. No ROS in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LATE_MS = 2.0  # a tick later than this counts as late
+ALLOWED_LATE = 0.01  # share of ticks
+
+Diagnostics = Mapping[
+    str, Mapping[str, str]
+]  # status name without the node's, such as "control" -> its values
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """Commands against the grid of the control rate: lateness (ms) of each, and grid times without one."""
+
+    lateness: NDArray[np.float64]
+    missed: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Commands a second."""
+        return (len(self.lateness) - 1) / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def late(self) -> int:
+        """Ticks that were late, and those that never came."""
+        return int((self.lateness > LATE_MS).sum()) + self.missed
+
+    @property
+    def late_share(self) -> float:
+        return self.late / max(1, len(self.lateness) + self.missed)
+
+
+def ticks(stamps: Sequence[int], rate: float) -> Ticks:
+    """Lateness of commands published at `stamps` (ns, ascending) by a timer of `rate` Hz.
+
+    The grid's phase is not known from outside: it is the one in which no command is early.
+    """
+    if not stamps:
+        return Ticks(np.empty(0), 0, 0.0)
+    period = 1e9 / rate
+    times = np.asarray(stamps, np.int64) - stamps[0]
+    # The slot of each command from its distance to the one before, so that no error of the first adds up.
+    slots = np.concatenate([[0], np.cumsum(np.maximum(1, np.round(np.diff(times) / period)))])
+    behind = times - slots * period
+    return Ticks((behind - behind.min()) / 1e6, int(slots[-1]) + 1 - len(times), float(times[-1]) / 1e9)
+
+
+def progress(elapsed: float, duration: float, width: int = 20) -> str:
+    """A bar such as `[#####...............]  5/20 s`."""
+    share = min(1.0, max(0.0, elapsed / duration))
+    done = int(share * width)
+    return f"[{'#' * done}{'.' * (width - done)}] {min(elapsed, duration):2.0f}/{duration:g} s"
+
+
+def live_line(elapsed: float, duration: float, recent: Ticks, diagnostics: Diagnostics) -> str:
+    """One line: progress, rate of the commands, rate and time of inference, age of the observations."""
+    inference = diagnostics.get("inference", {})
+    age = diagnostics.get("control", {}).get("observation age at publication p50 ms", "-")
+    predict = inference.get("predict p50 ms", "-")
+    return (
+        f"{progress(elapsed, duration)}  commands {recent.rate:5.1f} Hz  late {recent.late_share:5.1%}"
+        f"  inferences {inference.get('inferences', '0'):>5} ({predict} ms)  observation age {age} ms"
+    )
+
+
+def table(measured: Ticks, rate: float, diagnostics: Diagnostics) -> list[str]:
+    """The closing table."""
+    rows: list[tuple[str, str]] = [
+        (
+            "commands",
+            f"{len(measured.lateness)} in {measured.seconds:.1f} s: {measured.rate:.2f} Hz of {rate:g} Hz",
+        )
+    ]
+    if len(measured.lateness):
+        p50, p95, p99, most = np.percentile(measured.lateness, [50, 95, 99, 100])
+        rows.append(("tick lateness", f"p50 {p50:.2f}   p95 {p95:.2f}   p99 {p99:.2f}   max {most:.2f} ms"))
+        met = (
+            "met"
+            if measured.late_share <= ALLOWED_LATE
+            else "MISSED: the machine was busy with something else"
+        )
+        rows.append(
+            (
+                f"more than {LATE_MS:g} ms late",
+                f"{measured.late} of {len(measured.lateness) + measured.missed}"
+                f" ({measured.late_share:.2%}, asked: at most {ALLOWED_LATE:.0%}): {met}",
+            )
+        )
+    control = diagnostics.get("control", {})
+    observations = diagnostics.get("observations", {})
+    inference = diagnostics.get("inference", {})
+    for name in ("image age at callback",):
+        rows += _percentiles(name, name, observations)
+    rows += _percentiles("observation age", "observation age at publication", control)
+    for key, value in observations.items():
+        if key.startswith("received "):
+            topic = key.removeprefix("received ")
+            rejected = observations.get(f"rejected {topic}", "0")
+            rows.append((topic, f"{value} received, {rejected} rejected"))
+    rows.append(
+        (
+            "inference",
+            f"{inference.get('inferences', '0')} done, {inference.get('inferences_failed', '0')} failed",
+        )
+    )
+    rows += _percentiles("  one inference", "predict", inference)
+    rows += _percentiles("  observation to chunk", "observation to chunk", inference)
+    counted = ", ".join(
+        f"{observations[key]} {name}"
+        for key, name in (
+            ("dropped_images", "images dropped"),
+            ("ticks_stale", "ticks stale"),
+            ("ticks_missing", "ticks without observation"),
+        )
+        if key in observations
+    )
+    played = f"{control.get('commands_played', '0')} played, {control.get('commands_held', '0')} held"
+    rows.append(("counts", ", ".join(part for part in (played, counted) if part)))
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def _percentiles(title: str, key: str, values: Mapping[str, str]) -> list[tuple[str, str]]:
+    found = [
+        (name, values[f"{key} {name} ms"])
+        for name in ("p50", "p95", "p99", "max")
+        if f"{key} {name} ms" in values
+    ]
+    return [(title, "   ".join(f"{name} {value}" for name, value in found) + " ms")] if found else []
