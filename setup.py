@@ -1,7 +1,8 @@
 """Build the engine with CMake and install the package, for plain pip and for colcon (ament_python).
 
-`build_ext` takes two options of its own, on its command line or in the `[build_ext]` section of a
-configuration file: `cuda` (AUTO, ON or OFF) and `cuda-archs` (CMake's list, such as `80;90a-real`).
+`build_ext` takes three options of its own, on its command line or in the `[build_ext]` section of a
+configuration file: `cuda` (AUTO, ON or OFF), `cuda-archs` (CMake's list, such as `80;90a-real`) and
+`cmake-dir` (a folder for the object files, which builds with the same options may share).
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ class BuildEngine(build_ext):
         *build_ext.user_options,
         ("cuda=", None, "build the CUDA executor: AUTO (when nvcc is found), ON or OFF"),
         ("cuda-archs=", None, "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES takes them"),
+        ("cmake-dir=", None, "folder for object files (default: below build-temp)"),
     ]
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.cuda = "AUTO"
         self.cuda_archs = ""
+        self.cmake_dir = None
 
     def run(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         destination = ROOT / NAME if in_place else Path(self.build_lib).absolute() / NAME
-        build = Path(self.build_temp).absolute() / f"cmake-{sys.implementation.cache_tag}"
+        build = Path(self.cmake_dir or self.build_temp).absolute() / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         cmake = _program("cmake")
         configure = [

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     policy = ["-p", f"policy:={args.policy.resolve()}", "-p", f"contract:={args.contract}"]
     commands = {
         "node": [sys.executable, "-m", "vla_infer.node", "--ros-args", *policy, "-p", "dry_run:=true"],
-        "player": [sys.executable, "-m", "vla_infer.demo.player", str(args.bag)],
+        "player": [sys.executable, "-m", "vla_infer.demo.player", str(args.bag), "--wait", "10"],
     }
     args.log.parent.mkdir(parents=True, exist_ok=True)
     with args.log.open("wb") as log:

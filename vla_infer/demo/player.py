@@ -95,8 +95,11 @@ def message_class(kind: str) -> Any:
     return getattr(import_module(f"{package}.msg"), name)
 
 
-def play(bag: Bag, *, speed: float, stop: threading.Event) -> int:
-    """Publish the bag again and again until `stop` is set. Returns the count of messages sent."""
+def play(bag: Bag, *, speed: float, wait: float, stop: threading.Event) -> int:
+    """Publish the bag again and again until `stop` is set. Returns the count of messages sent.
+
+    Starts when every topic has a listener, or after `wait` seconds.
+    """
     import rclpy
 
     keep_heap()
@@ -107,6 +110,10 @@ def play(bag: Bag, *, speed: float, stop: threading.Event) -> int:
         topic: node.create_publisher(message_class(kind), topic, _ros_qos(bag.qos[topic]))
         for topic, kind in bag.types.items()
     }
+    patience = time.monotonic() + wait
+    while time.monotonic() < patience and not stop.wait(0.05):
+        if all(publisher.get_subscription_count() for publisher in publishers.values()):
+            break
     sent = 0
     origin = time.monotonic_ns()
     while not stop.is_set():
@@ -126,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="player", description="Play a bag with fresh stamps, in a loop.")
     parser.add_argument("bag", type=Path, help="folder of a rosbag2 recording")
     parser.add_argument("--speed", type=float, default=1.0, help="1 is as recorded")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for listeners on all topics")
     args = parser.parse_args(argv)
     if not args.speed > 0:
         parser.error(f"--speed is {args.speed}: expected above 0")
@@ -137,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    sent = play(bag, speed=args.speed, stop=stop)
+    sent = play(bag, speed=args.speed, wait=args.wait, stop=stop)
     print(f"player: {sent} messages sent")
     return 0
 

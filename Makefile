@@ -1,0 +1,102 @@
+# make demo    sets everything up and plays a bag to the node for DURATION seconds
+# make test    sets everything up and runs every check and test, colcon's included
+# make build   the virtual environment and the engine alone; make clean removes both
+
+DURATION ?= 20
+POLICY ?= test/golden/smolvla
+CONTRACT ?= so101
+BAG ?= build/demo_bag
+# Code for 8.0 runs on 8.6 and 8.9 too, and its PTX on what is newer; 9.0a is Hopper's own.
+CUDA ?= AUTO
+CUDA_ARCHS ?= 80;90a-real
+# Only the reference executor needs it; `make test TORCH=` goes without, and its tests say what they lack.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+IN_VENV := PATH="$(BIN):$$PATH"
+BUILD := $(CURDIR)/build
+PIP := $(IN_VENV) python -m pip install --quiet --disable-pip-version-check
+ENGINE_SOURCES := $(shell find cuda_src -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Nothing leaves this machine unless the user has chosen otherwise.
+ROS_AUTOMATIC_DISCOVERY_RANGE ?= LOCALHOST
+export ROS_AUTOMATIC_DISCOVERY_RANGE
+
+# A sourced ROS decides the Python and lends its packages; else the first of 3.11, 3.12 and 3.10 that runs.
+FITS := 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
+ROS_SOURCED := $(shell python3 -c 'import rclpy' 2>/dev/null && echo yes)
+ifeq ($(ROS_SOURCED),yes)
+PYTHON ?= python3
+VENV_FLAGS := --system-site-packages
+else
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	$$p -c $(FITS) 2>/dev/null && echo $$p && break; done)
+endif
+
+.PHONY: demo test build lint pytest colcon clean
+.DELETE_ON_ERROR:
+
+demo: build $(BAG)
+	$(IN_VENV) python -m vla_infer.demo --policy $(POLICY) --contract $(CONTRACT) --bag $(BAG) \
+		--duration $(DURATION) --profile config/fastdds.xml --log $(BUILD)/demo.log
+
+test: lint pytest colcon
+
+build: $(VENV)/.engine
+
+lint: $(VENV)/.test
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
+	$(IN_VENV) clang-format --dry-run -Werror $(ENGINE_SOURCES)
+
+pytest: build $(VENV)/.test
+	$(IN_VENV) python -m pytest
+
+# The plain build is from scratch and without CUDA; the one with links shares the objects of `make build`.
+colcon: build $(VENV)/.test
+	rm -rf $(BUILD)/colcon
+	@mkdir -p $(BUILD)/colcon
+	printf '[build_ext]\ncuda = OFF\n' > $(BUILD)/colcon/plain.cfg
+	$(IN_VENV) DIST_EXTRA_CONFIG=$(BUILD)/colcon/plain.cfg \
+		colcon --log-base $(BUILD)/colcon/log build --paths $(CURDIR) \
+		--build-base $(BUILD)/colcon/build --install-base $(BUILD)/colcon/install
+	$(IN_VENV) colcon --log-base $(BUILD)/colcon/log test --paths $(CURDIR) \
+		--build-base $(BUILD)/colcon/build --install-base $(BUILD)/colcon/install \
+		--event-handlers console_direct+ --return-code-on-test-failure
+	$(IN_VENV) colcon --log-base $(BUILD)/colcon/log test-result --test-result-base $(BUILD)/colcon/build --verbose
+	$(IN_VENV) DIST_EXTRA_CONFIG=$(BUILD)/dist.cfg \
+		colcon --log-base $(BUILD)/colcon/log build --symlink-install --paths $(CURDIR) \
+		--build-base $(BUILD)/colcon/build-links --install-base $(BUILD)/colcon/install-links
+	. $(BUILD)/colcon/install-links/setup.sh && cd / && \
+		$(BIN)/python -c 'import vla_infer._engine as e; print("symlink install:", e.__file__)'
+
+clean:
+	rm -rf build $(VENV) vla_infer/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BAG): | $(VENV)/.engine
+	$(IN_VENV) python -m vla_infer.tools.make_bag $@
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 to 3.12 found; name one with PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c $(FITS) || { echo "make: PYTHON=$(PYTHON): expected Python 3.10 to 3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	touch $@
+
+$(VENV)/.run: requirements/build.txt requirements/run.txt requirements/ros.txt | $(VENV)/.made
+	$(PIP) -r requirements/build.txt -r requirements/run.txt \
+		$$($(BIN)/python -c 'import rclpy' 2>/dev/null || echo -r requirements/ros.txt)
+	touch $@
+
+$(VENV)/.test: requirements/test.txt | $(VENV)/.run
+	$(PIP) -r requirements/test.txt -r requirements/build.txt $(TORCH)
+	touch $@
+
+$(BUILD)/dist.cfg: Makefile
+	@mkdir -p $(@D)
+	printf '[build_ext]\ncuda = $(CUDA)\ncuda_archs = $(CUDA_ARCHS)\ncmake_dir = $(BUILD)/engine\n' > $@
+
+$(VENV)/.engine: setup.py pyproject.toml cuda_src/CMakeLists.txt $(ENGINE_SOURCES) $(BUILD)/dist.cfg | $(VENV)/.run
+	$(IN_VENV) DIST_EXTRA_CONFIG=$(BUILD)/dist.cfg python setup.py --quiet build_ext --inplace
+	DIST_EXTRA_CONFIG=$(BUILD)/dist.cfg $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
