@@ -62,6 +62,8 @@ def _missing(module: str) -> str:
         mend = "source ROS 2 (/opt/ros/<distribution>/setup.bash) or pip install -r requirements/ros.txt"
     elif module == "vla_infer._engine":
         mend = "build the engine: `pip install .` or `colcon build`"
+    elif module.startswith("vla_infer."):
+        mend = "this installation is not whole: install the package again"
     else:
         mend = f"pip install {module.partition('.')[0]}"
     return f"needs the Python module '{module}', which is not installed; {mend}"
