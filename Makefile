@@ -18,9 +18,6 @@ IN_VENV := PATH="$(BIN):$$PATH"
 BUILD := $(CURDIR)/build
 PIP := $(IN_VENV) python -m pip install --quiet --disable-pip-version-check
 ENGINE_SOURCES := $(shell find cuda_src -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Nothing leaves this machine unless the user has chosen otherwise.
-ROS_AUTOMATIC_DISCOVERY_RANGE ?= LOCALHOST
-export ROS_AUTOMATIC_DISCOVERY_RANGE
 
 # A sourced ROS decides the Python and lends its packages; else the first of 3.11, 3.12 and 3.10 that runs.
 FITS := 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'

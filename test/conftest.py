@@ -1,5 +1,8 @@
-"""colcon puts the installed package on PYTHONPATH and then starts pytest in the source tree, which would be
-imported first: test what was installed."""
+"""Where the tests run: against the installed package, and apart from any robot.
+
+colcon puts the installed package on PYTHONPATH and then starts pytest in the source tree, which would be
+imported first.
+"""
 
 from __future__ import annotations
 
@@ -16,3 +19,7 @@ _installed = [
 ]
 if _installed:
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _SOURCE]
+
+# A ROS domain of their own on this machine, for tests of two checkouts may run at the same time.
+os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))

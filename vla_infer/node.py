@@ -25,6 +25,7 @@ from rclpy.signals import SignalHandlerOptions
 from .chunk import ActionLayout
 from .contract import load_contract
 from .frame import FrameBuffer
+from .heap import keep_heap
 from .node_control import Control, Observing
 from .node_diagnostics import Running, array, describe_running, describe_state
 from .node_inference import InferenceWorker
@@ -265,6 +266,7 @@ def run(node: VlaNode, executor: Any) -> None:
 
 def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any] = _load_policy) -> int:
     """Run the node until SIGINT, SIGTERM or a shutdown transition. Exit status 0, or 1 if it cannot start."""
+    keep_heap()  # half of what receiving an image costs
     stop = threading.Event()
     # rclpy's own handlers would take the context away before the last hold is published.
     rclpy.init(args=list(args) if args is not None else None, signal_handler_options=SignalHandlerOptions.NO)

@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bag", type=Path, required=True, help="folder of a rosbag2 recording")
     parser.add_argument("--duration", type=float, default=20.0, help="seconds from the first command")
     parser.add_argument("--profile", type=Path, help="Fast DDS profile (XML) for both processes")
+    parser.add_argument(
+        "--domain", type=int, help="ROS domain (default: one of its own, apart from any robot)"
+    )
     parser.add_argument("--log", type=Path, default=Path("demo.log"), help="file for what the node prints")
     args = parser.parse_args(argv)
     if not args.duration > 0:
@@ -39,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlaInferError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    # The bag's cameras must never reach a real node, nor its commands a real robot. This process listens there too.
+    domain = 1 + os.getpid() % 100 if args.domain is None else args.domain
+    os.environ |= {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
     environment = dict(os.environ)
     if args.profile is not None:
         environment["RMW_IMPLEMENTATION"] = "rmw_fastrtps_cpp"
