@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vla_infer.chunk import ActionLayout, Chunk
 from vla_infer.contract import load_contract, parse_contract
 from vla_infer.errors import EngineError
 from vla_infer.frame import Frame
+from vla_infer.safety_options import SchedulerOptions
 from vla_infer.scheduler import Scheduler, Verdict
 from vla_infer.stats import Counts, Spacing, TickClock, Window
 
@@ -23,9 +25,18 @@ POSITION = np.array([False, False])
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 
 
-def chunk(observed_at: float, rows: int = 5, *, base: float = 0.0, sequence: int = 1) -> Chunk:
+_frames = itertools.count(1)
+
+
+def chunk(observed_at: float, rows: int = 5, *, base: float = 0.0) -> Chunk:
+    """Row i is (base + i, base + i + 100); each is of a frame of its own."""
     values = base + np.arange(rows, dtype=np.float64)[:, None] + np.array([0.0, 100.0])
-    return Chunk(values.astype(np.float32), values, observed_at, PERIOD, sequence)
+    return Chunk(values.astype(np.float32), values, observed_at, PERIOD, next(_frames))
+
+
+def plain(*, zero_on_hold: Any) -> Scheduler:
+    """Mode `latest` without interpolation, so that rows are seen as they are."""
+    return Scheduler(zero_on_hold=zero_on_hold, options=SchedulerOptions(linear=False))
 
 
 def first(scheduler: Scheduler, now: float) -> float | None:
@@ -34,14 +45,14 @@ def first(scheduler: Scheduler, now: float) -> float | None:
 
 
 def test_nothing_before_the_first_chunk() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     assert scheduler.sample(1.0) is None
     scheduler.hold(1.0)
     assert scheduler.sample(1.1) is None
 
 
 def test_each_row_while_it_is_due_then_hold() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     assert scheduler.add(chunk(1.0), 1.0) is Verdict.ACCEPTED
     assert [first(scheduler, 1.0 + 0.05 * i) for i in range(13)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 4]
     held = scheduler.sample(9.0)
@@ -52,24 +63,24 @@ def test_each_row_while_it_is_due_then_hold() -> None:
 
 
 def test_what_is_past_on_arrival_is_not_played() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     scheduler.add(chunk(1.0), 1.25)
     assert first(scheduler, 1.25) == 2
     assert scheduler.add(chunk(0.5), 1.25) is Verdict.OLDER
-    late = Scheduler(zero_on_hold=POSITION)
+    late = plain(zero_on_hold=POSITION)
     assert late.add(chunk(1.0), 1.5) is Verdict.PAST
     assert late.sample(1.5) is None
 
 
 def test_hold_repeats_what_was_sent_not_what_was_skipped() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     scheduler.add(chunk(1.0), 1.0)
     assert first(scheduler, 1.1) == 1
     assert first(scheduler, 3.0) == 1  # a control loop that stalled must not jump to the last row
 
 
 def test_velocities_are_held_at_zero() -> None:
-    scheduler = Scheduler(zero_on_hold=np.array([False, True]))
+    scheduler = plain(zero_on_hold=np.array([False, True]))
     scheduler.add(chunk(1.0), 1.0)
     command = scheduler.sample(1.0)
     assert command is not None
@@ -81,7 +92,7 @@ def test_velocities_are_held_at_zero() -> None:
 
 
 def test_a_newer_chunk_takes_over_at_the_row_that_is_due() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     scheduler.add(chunk(1.0), 1.0)
     scheduler.add(chunk(1.1, base=50), 1.3)
     assert first(scheduler, 1.3) == 52
@@ -93,7 +104,7 @@ def test_a_newer_chunk_takes_over_at_the_row_that_is_due() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [(0, 0), (4, 1), (2, 0)])
 def test_one_bad_number_refuses_the_whole_chunk(bad: float, where: tuple[int, int]) -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     good = chunk(1.0)
     scheduler.add(good, 1.0)
     spoilt = chunk(1.1, base=50)
@@ -104,7 +115,7 @@ def test_one_bad_number_refuses_the_whole_chunk(bad: float, where: tuple[int, in
 
 
 def test_hold_drops_the_chunk_and_what_was_observed_before() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     scheduler.add(chunk(1.0, rows=50), 1.0)
     assert first(scheduler, 1.2) == 2
     for tick in range(10):
@@ -118,7 +129,7 @@ def test_hold_drops_the_chunk_and_what_was_observed_before() -> None:
 
 
 def test_reset_forgets_the_last_command_too() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     scheduler.add(chunk(1.0), 1.0)
     scheduler.sample(1.0)
     scheduler.reset(1.05)
@@ -128,7 +139,7 @@ def test_reset_forgets_the_last_command_too() -> None:
 
 
 def test_reset_lets_a_clock_that_went_back_start_again() -> None:
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     scheduler.add(chunk(1000.0), 1000.0)
     scheduler.reset(2.0)
     assert scheduler.add(chunk(2.0), 2.0) is Verdict.ACCEPTED
@@ -146,7 +157,7 @@ EVENTS = st.lists(
 @given(EVENTS)
 def test_any_order_of_events(events: list[tuple[str, float, float]]) -> None:
     """Commands are finite, come from rows that are due, and never from an older observation than before."""
-    scheduler = Scheduler(zero_on_hold=POSITION)
+    scheduler = plain(zero_on_hold=POSITION)
     now, newest, accepted, last = 1.0, -1.0, False, None
     for kind, pause, age in events:
         now += pause

@@ -17,7 +17,8 @@ from .frame import Frame
 class Chunk:
     """actions: float32 (H, A) in policy units; commands: float64 (H, A), the same in ROS units.
 
-    Row i is due from observed_at + i * period (s, steady clock) until the next row is.
+    Row i is due from observed_at + i * period (s, steady clock) until the next row is. sequence: of the
+    frame; generation: of the instruction, growing with every new one.
     """
 
     actions: npt.NDArray[np.float32]
@@ -25,6 +26,7 @@ class Chunk:
     observed_at: float
     period: float
     sequence: int
+    generation: int = 0
 
     @property
     def steps(self) -> int:
@@ -65,9 +67,9 @@ class ActionLayout:
         wide = actions.astype(np.float64)
         return np.concatenate([command.units.to_ros(wide[:, part]) for command, part in self.parts], axis=1)
 
-    def chunk(self, actions: npt.NDArray[np.float32], frame: Frame) -> Chunk:
+    def chunk(self, actions: npt.NDArray[np.float32], frame: Frame, *, generation: int = 0) -> Chunk:
         """The chunk that a policy's actions (H, A) make for `frame`. Raises EngineError for a wrong shape."""
         if actions.ndim != 2 or actions.shape[1] != self.size or not actions.shape[0]:
             raise EngineError(f"policy: expected actions of shape (H, {self.size}), got {actions.shape}")
         kept = np.array(actions[: self._steps] if self._steps else actions, dtype=np.float32)
-        return Chunk(kept, self.to_ros(kept), frame.observed_at, self._period, frame.sequence)
+        return Chunk(kept, self.to_ros(kept), frame.observed_at, self._period, frame.sequence, generation)

@@ -6,7 +6,7 @@ dataclasses. Everything is checked here, once, so that no other module has to do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,15 @@ from . import contract_units as units
 from .contract_parse import Section, find_contract, nearest, read_yaml
 from .contract_units import Limits, Units
 from .errors import ContractError
+from .safety_options import (
+    FailsafeOptions,
+    GuardOptions,
+    SchedulerOptions,
+    parse_failsafe,
+    parse_guard,
+    parse_scheduler,
+)
+from .urdf import read_urdf_limits, tighten
 
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 TWIST_TYPES = ("geometry_msgs/msg/TwistStamped", "geometry_msgs/msg/Twist")
@@ -91,6 +100,7 @@ class CommandSink:
 class Instruction:
     topic: str
     default: str  # empty: no inference before a message on the topic
+    allowed: tuple[str, ...]  # the only instructions that are taken; empty: any
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,10 @@ class Contract:
     max_observation_age: float
     sync_slop: float  # largest spread of stamps within one observation
     allow_missing_cameras: tuple[str, ...]
+    urdf: str  # path, relative to the contract's file, of a URDF whose joint limits hold too; empty for none
+    scheduler: SchedulerOptions
+    guard: GuardOptions
+    failsafe: FailsafeOptions
 
     @property
     def state_dim(self) -> int:
@@ -157,7 +171,29 @@ class Contract:
 def load_contract(name: str | Path) -> Contract:
     """Read and validate a contract, given as a path or as a shipped name. Raises ContractError."""
     path = find_contract(str(name))
-    return parse_contract(read_yaml(path), file=path.name)
+    contract = parse_contract(read_yaml(path), file=path.name)
+    return _with_urdf(contract, path.parent / contract.urdf) if contract.urdf else contract
+
+
+def _with_urdf(contract: Contract, path: Path) -> Contract:
+    """`contract` with the narrower of its own limits and the URDF's, joint by joint."""
+    known = read_urdf_limits(path)
+    commands = []
+    for command in contract.commands:
+        limits = []
+        for joint, ours in zip(command.joints, command.limits, strict=True):
+            theirs = known.get(joint, Limits())
+            if command.interface != "position":
+                theirs = replace(theirs, position=None)
+            try:
+                limits.append(tighten(ours, theirs))
+            except ValueError as error:
+                raise ContractError(
+                    f"{contract.path}: command.limits.{joint}.position: {ours.position} and {theirs.position} of "
+                    f"{path.name} do not overlap; mend one of them"
+                ) from error
+        commands.append(replace(command, limits=tuple(limits)))
+    return replace(contract, commands=tuple(commands))
 
 
 def parse_contract(document: object, *, file: str) -> Contract:
@@ -177,6 +213,10 @@ def parse_contract(document: object, *, file: str) -> Contract:
         max_observation_age=root.number("max_observation_age", 0.001, 10.0, default=0.2),
         sync_slop=root.number("sync_slop", 0.0, 10.0, default=0.05),
         allow_missing_cameras=root.names("allow_missing_cameras", default=()),
+        urdf=root.text("urdf", default=""),
+        scheduler=parse_scheduler(root),
+        guard=parse_guard(root),
+        failsafe=parse_failsafe(root),
     )
     root.done()
     if not contract.cameras:
@@ -231,13 +271,16 @@ def _state(section: Section) -> StateSource:
 
 def _instruction(root: Section) -> Instruction:
     if not root.has("instruction"):
-        return Instruction(topic="instruction", default="")
+        return Instruction(topic="instruction", default="", allowed=())
     section = root.section("instruction")
     instruction = Instruction(
         topic=section.topic("topic", default="instruction"),
         default=section.text("default", default="").strip(),
+        allowed=section.names("allow", default=()),
     )
     section.done()
+    if instruction.allowed and instruction.default and instruction.default not in instruction.allowed:
+        raise section.error("default", "is not among the instructions of 'allow'; add it there")
     return instruction
 
 

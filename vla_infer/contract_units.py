@@ -39,14 +39,15 @@ class Units:
 class Limits:
     """Limits of one joint in ROS units; None where the contract gives none.
 
-    `position` is (low, high); `velocity`, `acceleration` and `step` are magnitudes, `step` being the
-    largest change from one command to the next.
+    `position` is (low, high); the others are magnitudes, `step` being the largest change from one command
+    to the next.
     """
 
     position: tuple[float, float] | None = None
     velocity: float | None = None
     acceleration: float | None = None
     step: float | None = None
+    effort: float | None = None
 
 
 def parse_units(section: Section, joints: tuple[str, ...], *, interface: str = "position") -> Units:
@@ -118,11 +119,17 @@ def parse_limits(section: Section, joints: tuple[str, ...], *, interface: str) -
             block = table.section(joint)
             if interface != "position" and block.has("position"):
                 raise block.error("position", f"a {interface} command has no position to limit; remove it")
+            for key in ("velocity", "acceleration"):
+                if interface == "effort" and block.has(key):
+                    raise block.error(key, "an effort command is limited by effort and step; remove it")
+            if interface != "effort" and block.has("effort"):
+                raise block.error("effort", f"a {interface} command has no effort to limit; remove it")
             found[joint] = Limits(
                 position=block.interval("position") if block.has("position") else None,
                 velocity=_magnitude(block, "velocity"),
                 acceleration=_magnitude(block, "acceleration"),
                 step=_magnitude(block, "step"),
+                effort=_magnitude(block, "effort"),
             )
             block.done()
     return tuple(found.get(joint, Limits()) for joint in joints)

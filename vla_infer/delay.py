@@ -1,0 +1,52 @@
+"""How long an observation takes to become a chunk, and when the next inference is wanted. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from .safety_options import SchedulerOptions
+
+_KEPT = 8
+
+
+class DelayEstimate:
+    """The longest of the last eight delays: safe against jitter, and a spike is forgotten after eight.
+
+    One thread adds, any thread reads.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[float, ...] = ()
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Note one delay in seconds; what is no duration is ignored."""
+        if not math.isfinite(seconds) or seconds < 0.0:
+            return
+        self._kept = (*self._kept[1 - _KEPT :], seconds)
+        self.seconds = max(self._kept)
+
+    def steps(self, period: float) -> int:
+        """Rows of `period` seconds that are played while an inference is under way, rounded up."""
+        return math.ceil(self.seconds / period - 1e-6)
+
+
+class Trigger:
+    """Whether to infer now: always, at a rate, or when little of the plan is left."""
+
+    def __init__(self, options: SchedulerOptions) -> None:
+        self._options = options
+        self._started = -math.inf
+
+    def started(self, now: float) -> None:
+        """An inference starts at `now`."""
+        self._started = now
+
+    def wants(self, now: float, *, left: float, period: float, delay: float) -> bool:
+        """left: seconds of the plan still to be played, 0 without one; delay: the estimate in seconds."""
+        if self._options.trigger == "rate":
+            # Also after the clock was set back.
+            return not 0.0 <= now - self._started < 1.0 / self._options.trigger_rate - 1e-6
+        if self._options.trigger == "horizon":
+            return left <= self._options.horizon_left * period + delay
+        return True
