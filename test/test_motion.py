@@ -146,8 +146,9 @@ def test_a_velocity_starts_from_zero_after_a_hold() -> None:
     motion.take(chunk(np.tile(row, (90, 1)), 1.0), 1.0)
     for i in range(40):
         motion.tick(1.0 + P * i, {}, i)
-    motion.tick(1.8, {Flag.NO_PLAN: ""}, 40)
-    out = motion.tick(1.82, {}, 41)
+    for i in range(40, 55):
+        motion.tick(1.0 + P * i, {Flag.NO_PLAN: ""}, i)
+    out = motion.tick(2.1, {}, 55)
     assert out.values is not None
     assert 0 < out.values[6] <= 0.5 * P  # acceleration limit 0.5 m/s²
 
