@@ -40,8 +40,11 @@ def size_bytes(buffer: Buffer, act_bytes: int) -> int:
 
 
 def lifetimes(tape: Tape) -> list[Lifetime]:
-    """When each input, temp and output is alive; inputs and outputs to the end. What the loop reads or writes and something outside it touches
-    too, or what one iteration leaves for the next, lives through the whole loop."""
+    """When each input, temp and output is alive; inputs and outputs to the end.
+
+    What the loop reads or writes and something outside it touches too, or what one iteration leaves for the next,
+    lives through the whole loop.
+    """
     ops = [op for op in tape.ops if not op.at_load]
     looped = [i for i, op in enumerate(ops) if op.loop]
     begin, end = (looped[0], looped[-1]) if looped else (0, -1)
