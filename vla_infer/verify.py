@@ -1,0 +1,208 @@
+"""`vla-infer verify`: does the engine compute what the model's own code computed, stage by stage?
+
+Compares with a `golden.safetensors` beside the policy (or given): observations, and what the training framework made
+of them in float32. Each line is a stage, so that the first one that is off says where to look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vla_infer.checkpoint import Checkpoint, read_checkpoint
+from vla_infer.engine import PRECISIONS, Engine
+from vla_infer.errors import CheckpointError
+from vla_infer.models import FAMILIES
+from vla_infer.policy import weight_reader
+from vla_infer.processors import build_processors
+from vla_infer.rtc import Rtc, tape_inputs
+from vla_infer.safetensors_io import open_safetensors, read_tensor
+from vla_infer.tape import Tape
+
+Array = npt.NDArray[Any]
+Run = Callable[[Tape, dict[str, Array]], dict[str, Array]]
+
+LIMIT_FP32 = 1e-4
+LIMIT_BF16 = 0.02  # never more, whatever PyTorch's error is; alone where PyTorch is not installed
+OVER_TORCH = 1.5
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage: relative L2 error, what is allowed, and whether it is within."""
+
+    stage: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+def relative(got: Array, want: Array) -> float:
+    """Relative L2 error; infinite where shapes differ or anything is not finite."""
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.linalg.norm(got.astype(np.float64) - want) / max(np.linalg.norm(want), 1e-30))
+
+
+class Verification:
+    """A policy and its expected values. `run` executes a tape on inputs and gives its outputs."""
+
+    def __init__(self, ckpt: Checkpoint, golden: Path) -> None:
+        self.ckpt = ckpt
+        self.model = FAMILIES[ckpt.family]
+        self.sizes = self.model.sizes(ckpt)
+        self.processors = build_processors(ckpt)
+        file = open_safetensors(golden)
+        self.golden = {name: read_tensor(info) for name, info in file.tensors.items()}
+        self.meta = json.loads(golden.with_suffix(".json").read_text())
+        missing = {"frames", "raw_state", "noise", "actions"} - set(self.golden)
+        if missing or "task" not in self.meta:
+            raise CheckpointError(
+                f"{golden}: expected frames, raw_state, noise, actions, and a task: no {missing}"
+            )
+
+    def tape(self, *, probes: bool = False, steps: int | None = None) -> Tape:
+        s = self.sizes if steps is None else replace(self.sizes, steps=steps)
+        frame_bytes = int(np.prod(self.golden["frames"].shape[1:]))
+        tape: Tape = self.model.record(
+            s, prompt=self.processors.max_tokens, frame_bytes=frame_bytes, probes=probes
+        )
+        return tape
+
+    def inputs(
+        self, tape: Tape, *, noise: str = "noise", masked: str = "", rtc: Rtc | None = None
+    ) -> dict[str, Array]:
+        """Inputs of a golden run; `masked` is the ending of the names of its masks ("_b")."""
+        g, s = self.golden, self.sizes
+        encoded = self.processors.encode(g["raw_state"], self.meta["task"])
+        tokens = encoded.tokens
+        present = (True,) * s.cameras
+        if masked:
+            present = tuple(bool(b) for b in g[f"image_mask{masked}"].ravel())
+            tokens = tokens[: int(g[f"lang_mask{masked}"].sum())]
+        frames = g["frames"]
+        height, width = frames.shape[1:3]
+        geometry = np.array([s.vision.geometry(height, width, 3 * width)] * s.cameras, np.int32)
+        geometry[:, 7] = present
+        places = tape.inputs["tokens"].rows
+        padded = np.zeros((places, 1), np.int32)
+        padded[: len(tokens), 0] = tokens
+        state = np.zeros((1, s.state_dim), np.float32)
+        state[0, : len(encoded.state)] = encoded.state
+        shape = tape.inputs["rtc_previous"]
+        guide: dict[str, Array] = {n: np.zeros((t.rows, t.cols), np.float32) for n, t in tape.inputs.items()
+                                   if n.startswith("rtc_")}  # fmt: skip
+        if rtc is not None:
+            guide = dict(
+                tape_inputs(rtc, rtc.previous, horizon=shape.rows, width=shape.cols, steps=tape.steps)
+            )
+        index = self.model.index_inputs(s, prompt=places, tokens=len(tokens), present=present)
+        values = {
+            "frames": frames.reshape(s.cameras, -1),
+            "geometry": geometry,
+            "tokens": padded,
+            "state": state,
+        }
+        values |= {"actions": g[noise][0], **guide, **index}
+        return {name: values[name] for name in tape.inputs}
+
+    def stages(self, run: Run) -> Iterator[tuple[str, float]]:
+        """(stage, relative error) of everything that the golden file has."""
+        g = self.golden
+        encoded = self.processors.encode(g["raw_state"], self.meta["task"])
+        yield "state", relative(encoded.state, g["state"][0, : len(encoded.state)])
+        tokens = g["lang_tokens"][0][g["lang_mask"][0]]
+        yield "tokens", relative(encoded.tokens.astype(np.float64), tokens.astype(np.float64))
+        tape = self.tape(probes=True)
+        outputs = run(tape, self.inputs(tape))
+        if "image_tokens" in g:
+            want = g["image_tokens"][0]  # of the first camera, before SmolVLA scales them by sqrt(width)
+            scale = want.shape[1] ** 0.5 if self.ckpt.family == "smolvla" else 1.0
+            yield "image tokens", relative(outputs["image_tokens"][: len(want)] / scale, want)
+        if "velocity_step0" in g:
+            # one Euler step over the whole time: actions = noise - velocity
+            once = self.tape(steps=1)
+            actions = run(once, self.inputs(once))["actions"]
+            yield "first velocity", relative(g["noise"][0] - actions, g["velocity_step0"][0])
+        yield "actions", relative(outputs["actions"], g["actions"][0])
+        if "robot_actions" in g:
+            robot = self.processors.decode(outputs["actions"], g["raw_state"])
+            yield "robot actions", relative(robot, g["robot_actions"][0])
+        plain = self.tape()
+        if "actions_b" in g:
+            actions = run(plain, self.inputs(plain, masked="_b"))["actions"]
+            yield "masked camera", relative(actions, g["actions_b"][0])
+        for name in sorted(n for n in g if n.startswith("rtc_actions_")):
+            schedule = name.removeprefix("rtc_actions_").upper()
+            rtc = None
+            if schedule != "OFF":
+                previous = g["rtc_prev_chunk_left_over"][0]
+                rtc = Rtc(previous, schedule=schedule, normalized=True, **self.meta["rtc"])
+            actions = run(plain, self.inputs(plain, noise="rtc_noise", rtc=rtc))["actions"]
+            yield f"chunking {schedule.lower()}", relative(actions, g[name][0])
+
+
+def engine_run(ckpt: Checkpoint, *, device: str, precision: str) -> Run:
+    def run(tape: Tape, inputs: dict[str, Array]) -> dict[str, Array]:
+        program = Engine([tape], weight_reader(ckpt), device=device, precision=precision).programs[0]
+        for name, values in inputs.items():
+            program.inputs[name][...] = values
+        program.run()
+        return {name: program.result(name) for name in tape.outputs}
+
+    return run
+
+
+def torch_run(ckpt: Checkpoint, *, precision: str) -> Run | None:
+    """The reference executor, or None where PyTorch is not installed."""
+    try:
+        from vla_infer.reference import ReferenceExecutor
+    except ImportError:
+        return None
+
+    def run(tape: Tape, inputs: dict[str, Array]) -> dict[str, Array]:
+        return ReferenceExecutor(tape, weight_reader(ckpt), precision).run(inputs)
+
+    return run
+
+
+def verify(ckpt: Checkpoint, golden: Path, *, device: str, precision: str) -> list[Line]:
+    """Errors by stage. Limits: 1e-4 in float32; in bfloat16 1.5 times the error of PyTorch in bfloat16 on the same
+    tape where PyTorch is installed, and never above 0.02."""
+    verification = Verification(ckpt, golden)
+    errors = list(verification.stages(engine_run(ckpt, device=device, precision=precision)))
+    limits = dict.fromkeys((stage for stage, _ in errors), LIMIT_FP32 if precision == "fp32" else LIMIT_BF16)
+    peer = torch_run(ckpt, precision=precision) if precision == "bf16" else None
+    if peer is not None:
+        limits = {s: min(OVER_TORCH * error, LIMIT_BF16) for s, error in verification.stages(peer)}
+    return [Line(stage, error, limits[stage]) for stage, error in errors]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", type=Path, help="a policy directory")
+    parser.add_argument("--golden", type=Path, help="expected values (POLICY/golden.safetensors)")
+    parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set> or cuda")
+    parser.add_argument("--precision", default="fp32", choices=sorted(PRECISIONS))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print a line for each stage; 1 where one of them is off."""
+    ckpt = read_checkpoint(args.policy)
+    golden = args.golden or args.policy / "golden.safetensors"
+    lines = verify(ckpt, golden, device=args.device, precision=args.precision)
+    print(f"{ckpt.family} on {args.device}, {args.precision}: relative L2 error by stage")
+    for line in lines:
+        print(
+            f"{'PASS' if line.passed else 'FAIL'}  {line.stage:<16} {line.error:9.2e}  (limit {line.limit:.1e})"
+        )
+    return 0 if all(line.passed for line in lines) else 1
