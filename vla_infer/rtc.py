@@ -43,18 +43,21 @@ class Rtc:
     normalized: bool = False
 
     def __post_init__(self) -> None:
-        previous = np.asarray(self.previous)
-        if previous.ndim != 2 or previous.dtype.kind not in "fiu" or not np.isfinite(previous).all():
-            raise ObservationError(
-                f"rtc: previous: expected a finite matrix (n, actions), got {previous.shape}"
-            )
+        previous = self.previous
+        kind = previous.dtype.kind if isinstance(previous, np.ndarray) else "O"
+        if kind not in "fiu" or previous.ndim != 2 or not np.isfinite(previous).all():
+            got = previous.shape if isinstance(previous, np.ndarray) else type(previous).__name__
+            raise ObservationError(f"rtc: previous: expected a finite matrix (n, actions), got {got}")
         if self.schedule not in SCHEDULES:
             raise ObservationError(
                 f"rtc: schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
         for name, least in (("inference_delay", 0), ("execution_horizon", 1)):
-            if getattr(self, name) < least:
-                raise ObservationError(f"rtc: {name}: expected {least} or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)):
+                raise ObservationError(f"rtc: {name}: expected an integer, got {value!r}")
+            if value < least:
+                raise ObservationError(f"rtc: {name}: expected {least} or more, got {value}")
         if not 0 < self.max_guidance_weight < np.inf:
             raise ObservationError(
                 f"rtc: max_guidance_weight: expected a number above 0, got {self.max_guidance_weight}"
