@@ -11,9 +11,11 @@ from golden import relative
 from golden_runs import RUNS, Array, GoldenModel, Run, golden_model
 
 import vla_infer
+from vla_infer.checkpoint import Checkpoint
 from vla_infer.engine import Engine
 from vla_infer.errors import CheckpointError, ObservationError
 from vla_infer.models import FAMILIES
+from vla_infer.policy import check_weights
 from vla_infer.reference import ReferenceExecutor
 
 UNKNOWN_NOISE = "golden/pi05 does not hold the noise of this run, nor a second result to find it by"
@@ -213,3 +215,54 @@ def test_expert_that_does_not_fit(family: str) -> None:
     tensors = {name: info for name, info in m.ckpt.tensors.items() if gone not in name}
     with pytest.raises(CheckpointError, match=r"the action expert has layers 3, Gemma 4: expected equal"):
         m.model.sizes(replace(m.ckpt, tensors=tensors))
+
+
+# --------------------------------------------------------------------------------------------------- tensors
+def with_tensors(m: GoldenModel, change: dict[str, tuple[int, ...] | None]) -> Checkpoint:
+    """The checkpoint with tensors of another shape, more of them, or (None) fewer."""
+    some = next(iter(m.ckpt.tensors.values()))
+    tensors = dict(m.ckpt.tensors)
+    for name, shape in change.items():
+        tensors.pop(name, None)
+        if shape is not None:
+            tensors[name] = replace(some, name=name, shape=shape)
+    return replace(m.ckpt, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.action_in_proj.bias": None}, r"tensor model\.action_in_proj\.bias is missing"),
+        ({"model.action_out_proj.bias": (31,)}, r"bias: expected 32 values, got shape \(31,\)"),
+        ({"model.action_out_proj.weight": (32, 90)}, r"expected \(32, \d+\), got \(32, 90\)"),
+        (
+            {"model.extra.weight": (3, 3), "odd": (1,)},
+            r"has no model\.extra\.weight, odd: another model than",
+        ),
+        ({f"model.adapter.{n}.lora_A": (1,) for n in range(9)}, r"lora_A and 6 more: another model than"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    model: GoldenModel, change: dict[str, tuple[int, ...] | None], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        check_weights(with_tensors(model, change), model.tape(prompt=16))
+
+
+def test_tensors_that_are_left_over() -> None:
+    """Heads and what LeRobot drops load; the time half of π0's MLP does not go missing unseen."""
+    pi05 = golden_model("pi05")
+    expert = "model.paligemma_with_expert.gemma_expert"
+    left = {
+        f"{expert}.lm_head.weight": (9, 9),
+        f"{expert}.model.layers.2.input_layernorm.weight": (96,),
+        "model.state_proj.weight": (96, 32),
+        "normalize_inputs.buffer_observation_state.mean": (6,),
+    }
+    check_weights(with_tensors(pi05, left), pi05.tape(prompt=16))
+    pi0 = golden_model("pi0")
+    half = with_tensors(pi0, {"model.action_time_mlp_in.weight": (96, 96)})
+    with pytest.raises(
+        CheckpointError, match=r"action_time_mlp_in\.weight: expected \(96, \d+\), got \(96, 96\)"
+    ):
+        check_weights(half, pi0.tape(prompt=16))

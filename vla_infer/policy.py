@@ -20,6 +20,7 @@ from vla_infer.processors import build_processors
 from vla_infer.rtc import Rtc, tape_inputs
 from vla_infer.safetensors_io import to_float32
 from vla_infer.tape import Tape
+from vla_infer.tensor_names import unknown_tensors
 
 Image = npt.NDArray[np.uint8]
 
@@ -282,18 +283,27 @@ def weight_reader(ckpt: Checkpoint) -> Callable[[str], npt.NDArray[np.generic]]:
 
 
 def check_weights(ckpt: Checkpoint, tape: Tape) -> None:
-    """Every tensor that the tape names is there with the shape it expects. Raises CheckpointError."""
-    wanted = {b.name: b.rows * b.cols for b in tape.buffers if b.kind == "param"}
-    for op in tape.ops:
-        for w in op.weights:
-            shape = ckpt.shape_of(w.name)
-            n, k = shape[0], int(np.prod(shape[1:]))
-            if n != w.n or (k != w.k and w.cols is None):
-                raise CheckpointError(f"{ckpt.path}: {w.name}: expected ({w.n}, {w.k}), got {shape}")
-    for name, count in wanted.items():
+    """Every tensor that the tape names is there with the shape it expects, and no other that the family does not
+    know: a model with more parts would compute something else. Raises CheckpointError."""
+    params = {b.name: b.rows * b.cols for b in tape.buffers if b.kind == "param"}
+    weights = {w for op in tape.ops for w in op.weights}
+    for w in weights:
+        shape = ckpt.shape_of(w.name)
+        n, k = shape[0], int(np.prod(shape[1:]))
+        if n != w.n or (k != w.k if w.cols is None else k < w.cols[1]):
+            wide = w.k if w.cols is None else w.cols[1]
+            raise CheckpointError(f"{ckpt.path}: {w.name}: expected ({w.n}, {wide}), got {shape}")
+    for name, count in params.items():
         shape = ckpt.shape_of(name)
         if int(np.prod(shape)) != count:
             raise CheckpointError(f"{ckpt.path}: {name}: expected {count} values, got shape {shape}")
+    unknown = unknown_tensors(ckpt.family, ckpt.tensors, (*params, *(w.name for w in weights)))
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise CheckpointError(
+            f"{ckpt.path}: {ckpt.family} has no {', '.join(unknown[:3])}{more}: another model than config.json says, "
+            "or parts that this version does not have"
+        )
 
 
 def load_policy(

@@ -92,7 +92,7 @@ def gains(steps: int, max_guidance_weight: float) -> npt.NDArray[np.float32]:
 def tape_inputs(
     rtc: Rtc, previous: npt.NDArray[np.float32], *, horizon: int, width: int, steps: int
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """The three inputs of `layers.flow_inputs`.
+    """The three inputs of `flow.flow_inputs`.
 
     previous: that of `rtc` in model units, (n, up to `width`); what it lacks to (horizon, width) is 0.
 

@@ -9,7 +9,7 @@ files that keep the token embedding only as the output head that it is tied to.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vla_infer.errors import CheckpointError
@@ -21,6 +21,18 @@ _EMBEDDING = _PALIGEMMA + "model.language_model.embed_tokens.weight"
 _TIME_MLP = re.compile(r"model\.(?:action_)?time_mlp_(in|out)\.")
 _OLD_PARTS = re.compile(
     re.escape(_PALIGEMMA) + r"(language_model\.model|vision_tower|multi_modal_projector)\."
+)
+_NUMBER = re.compile(r"\.\d+\.")
+# What files hold beside what is read: output heads, the last norm of the language model (only its keys and values
+# are needed), constants, statistics from before LeRobot 0.4, and what LeRobot drops from π0.5's.
+_UNUSED = re.compile(
+    r".*\.(lm_head\.weight|rotary_emb\.inv_freq|embeddings\.position_ids)"
+    r"|.*\.(language_model|text_model)\.norm\.weight"
+    r"|(un)?normalize_(inputs|targets|outputs)\..*"
+)
+_UNUSED_PI05 = re.compile(
+    r"model\.state_proj\..*"
+    r"|.*\.gemma_expert\.model\.(norm|layers\.\d+\.(input|post_attention)_layernorm)\.weight"
 )
 
 
@@ -54,3 +66,12 @@ def canonical_tensors(family: str, tensors: Mapping[str, TensorInfo], where: Pat
     if _EMBEDDING not in result and _HEAD in result:
         result[_EMBEDDING] = result[_HEAD]
     return result
+
+
+def unknown_tensors(family: str, names: Iterable[str], used: Iterable[str]) -> list[str]:
+    """Those of `names` that this family has no use for: neither `used`, nor the same tensor of another layer (some
+    layers are used in part, or not at all), nor known to be left over."""
+    known = {_NUMBER.sub(".0.", name) for name in used}
+    left = (name for name in names if _NUMBER.sub(".0.", name) not in known)
+    left = (name for name in left if not _UNUSED.fullmatch(name))
+    return sorted(name for name in left if family != "pi05" or not _UNUSED_PI05.fullmatch(name))

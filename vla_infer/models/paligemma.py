@@ -9,6 +9,7 @@ from typing import Any
 
 from vla_infer.checkpoint import Checkpoint
 from vla_infer.errors import CheckpointError
+from vla_infer.models import flow as F
 from vla_infer.models import layers as L
 from vla_infer.tape import Loop, Tape, Tensor
 
@@ -121,7 +122,7 @@ def prefix(t: Tape, s: Sizes, seq: L.Sequence, *, prompt: int, frame_bytes: int,
         t.output("image_tokens", rows[:images])
     t.stage = "prefix"
     L.Stack(t, s.text, TEXT).fill(rows, seq)
-    t.stage = "denoising"
+    t.stage = "head"
 
 
 def denoise(
@@ -132,10 +133,10 @@ def denoise(
     adapt: Callable[[Loop], L.NormOf] | None = None,
 ) -> None:
     """The loop over the last rows of the sequence, the actions. `embed` makes them hidden states, `adapt` norms."""
-    flow = L.flow_inputs(t, s.horizon, s.action_dim, s.steps)
+    flow = F.flow_inputs(t, s.horizon, s.action_dim, s.steps)
     with t.loop(s.steps) as step:
         expert = L.Stack(t, s.expert, EXPERT, adapt(step) if adapt else None)
         x = embed(flow.actions, step)
         for i, cache in enumerate(seq.caches):
             x = expert.after_attention(x, expert.attend(x, i, seq, cache, seq.rows - s.horizon), i)
-        L.step(t, x, expert.norm("norm")[0], flow, step)
+        F.step(t, x, expert.norm("norm")[0], flow, step)

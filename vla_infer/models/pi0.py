@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from vla_infer.models import flow as F
 from vla_infer.models import layers as L
 from vla_infer.models import paligemma as P
 from vla_infer.models.paligemma import Sizes, sizes
@@ -16,7 +17,7 @@ __all__ = ["Sizes", "index_inputs", "record", "sizes"]
 def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> Tape:
     """The forward pass for prompts of up to `prompt` tokens and pictures of up to `frame_bytes` bytes.
 
-    Inputs: those of `paligemma.prefix` and `layers.flow_inputs`, state (1, state_dim), positions and blocks
+    Inputs: those of `paligemma.prefix` and `flow.flow_inputs`, state (1, state_dim), positions and blocks
     (images + prompt + 1 + horizon, 1), see `index_inputs`. Outputs: actions; with `probes` also image_tokens.
     """
     t = Tape()
@@ -27,8 +28,8 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
     state = t.input("state", (1, s.state_dim), "f32")
     x = L.affine(t, state, "model.state_proj", s.expert.width)
     L.Stack(t, s.expert, P.EXPERT).fill(x, seq, prefix)
-    times = L.time_table(t, s.steps, s.expert.width, s.periods)
-    P.denoise(t, s, seq, L.ActionTimeMlp(t, times, s.expert.width))
+    times = F.time_table(t, s.steps, s.expert.width, s.periods)
+    P.denoise(t, s, seq, F.ActionTimeMlp(t, times, s.expert.width))
     return t
 
 

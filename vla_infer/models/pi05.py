@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from vla_infer.models import flow as F
 from vla_infer.models import layers as L
 from vla_infer.models import paligemma as P
 from vla_infer.models.paligemma import Sizes, sizes
@@ -18,7 +19,7 @@ __all__ = ["Sizes", "index_inputs", "record", "sizes"]
 def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> Tape:
     """The forward pass for prompts of up to `prompt` tokens and pictures of up to `frame_bytes` bytes.
 
-    Inputs: those of `paligemma.prefix` and `layers.flow_inputs`, positions and blocks (images + prompt + horizon,
+    Inputs: those of `paligemma.prefix` and `flow.flow_inputs`, positions and blocks (images + prompt + horizon,
     1), see `index_inputs`. Outputs: actions; with `probes` also image_tokens.
     """
     t = Tape()
@@ -37,7 +38,7 @@ def adaptive_norms(t: Tape, s: Sizes) -> Callable[[Loop], L.NormOf]:
     """
     width, eps = s.expert.width, s.expert.eps
 
-    cond = L.time_table(t, s.steps, width, s.periods)
+    cond = F.time_table(t, s.steps, width, s.periods)
     for name in ("model.time_mlp_in", "model.time_mlp_out"):
         cond = L.affine(
             t, cond, name, width, act="silu", out=t.temp(f"{name}.table", (s.steps, width), "f32")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from vla_infer.checkpoint import Checkpoint
 from vla_infer.errors import CheckpointError
+from vla_infer.models import flow as F
 from vla_infer.models import layers as L
 from vla_infer.tape import Rope, Tape, Tensor
 
@@ -109,7 +110,7 @@ def sizes(ckpt: Checkpoint, *, steps: int | None = None) -> Sizes:
 def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> Tape:
     """The forward pass for prompts of up to `prompt` tokens and pictures of up to `frame_bytes` bytes.
 
-    Inputs beside those of `layers.flow_inputs`: frames, geometry (see `Tape.image_patches`), tokens (prompt, 1),
+    Inputs beside those of `flow.flow_inputs`: frames, geometry (see `Tape.image_patches`), tokens (prompt, 1),
     state (1, state_dim), positions (prefix + horizon, 1) and blocks (the same), see `index_inputs`.
     Outputs: actions; with `probes` also vision_out (as `Tape.space_to_depth` leaves it) and image_tokens.
     """
@@ -118,7 +119,7 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
     geometry = t.input("geometry", (s.cameras, 8), "i32")
     tokens = t.input("tokens", (prompt, 1), "i32")
     state = t.input("state", (1, s.state_dim), "f32")
-    flow = L.flow_inputs(t, s.horizon, s.action_dim, s.steps)
+    flow = F.flow_inputs(t, s.horizon, s.action_dim, s.steps)
     images = s.cameras * s.image_tokens
     rows = images + prompt + 1
     seq = L.sequence(t, rows + s.horizon, s.text, WAVELENGTH)
@@ -140,7 +141,7 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
     t.stage = "prefix"
     L.Stack(t, s.text, f"{VLM}.text_model").fill(prefix, seq)
 
-    t.stage = "denoising"
+    t.stage = "head"
     # what the cross-attending layers see of the prefix does not change while denoising
     e, kv = s.expert, s.text.kv_heads * s.text.head_dim
     seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -150,7 +151,7 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
             k = t.linear(seq.caches[i].k[:rows], L.weight(f"{at}.k_proj", kv, kv))
             seen[i] = (k, t.linear(seq.caches[i].v[:rows], L.weight(f"{at}.v_proj", kv, kv)))
 
-    of_action = L.ActionTimeMlp(t, L.time_table(t, s.steps, e.width, s.periods), e.width)
+    of_action = F.ActionTimeMlp(t, F.time_table(t, s.steps, e.width, s.periods), e.width)
     own = t.constant("own_positions", np.arange(s.horizon, dtype=np.int32)[:, None], "i32")
     cross = Rope(seq.table, own)
     expert = L.Stack(t, e, EXPERT)
@@ -166,7 +167,7 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
             else:
                 a = expert.attend(x, layer, seq, seq.caches[i], rows)
             x = expert.after_attention(x, a, layer)
-        L.step(t, x, expert.norm("norm")[0], flow, step)
+        F.step(t, x, expert.norm("norm")[0], flow, step)
     return t
 
 
