@@ -1,5 +1,6 @@
 // Times the large kernels on the sizes of the policies, and the whole of vision and prefix as one graph.
-// Usage: large_time [sweep] — with "sweep", every tile of the Hopper product on every size.
+// Usage: large_time [sweep] — with "sweep", every tile of the Hopper product on every size; or
+// large_time probe NAME GROUPS COLUMNS PAIR SPLIT: two launches of one product, for a profiler.
 // Times are of launches inside a CUDA graph, weights rotating among sets larger than the second-level cache.
 #include <algorithm>
 #include <functional>
@@ -106,7 +107,8 @@ constexpr auto kL = cuda::ProductKind::kLinear;
 constexpr auto kG = cuda::ProductKind::kGated;
 constexpr auto kQ = cuda::ProductKind::kQkv;
 
-void time_product(const Size& s, bool sweep) {
+// One launch of one tile, for a profiler; otherwise times.
+void time_product(const Size& s, bool sweep, const cuda::Tile* probe = nullptr) {
   int64_t rows = 0;
   for (int n : s.n) rows += n;
   const double operations = 2.0 * s.m * s.k * rows, bytes = 2.0 * rows * s.k;
@@ -148,6 +150,12 @@ void time_product(const Size& s, bool sweep) {
     }
     return p;
   };
+  if (probe) {
+    for (int i = 0; i < 2; ++i) CUDA_OK(cuda::product_sm90(product(i), *probe, base));
+    CUDA_OK(cudaDeviceSynchronize());
+    release_all();
+    return;
+  }
   struct Timed {
     cuda::Tile tile;
     double seconds;
@@ -183,7 +191,7 @@ void time_product(const Size& s, bool sweep) {
       }
     }
     std::sort(all.begin(), all.end(), [](const Timed& a, const Timed& b) { return a.seconds < b.seconds; });
-    for (size_t i = 0; i < std::min<size_t>(all.size(), 10); ++i) {
+    for (size_t i = 0; i < all.size(); ++i) {
       const cuda::Tile& t = all[i].tile;
       std::printf("    %dx%d/%d/%d %.2f", 64 * t.groups, t.columns, t.pair, t.split, all[i].seconds * 1e6);
     }
@@ -370,29 +378,34 @@ void time_model(const Model& c) {
   release_all();
 }
 
-void everything(bool sweep) {
+void everything(bool sweep, const char* name, const cuda::Tile* probe) {
   const Act gelu = Act::kGeluTanh, silu = Act::kSilu, none = Act::kNone;
-  for (const Size& s : std::vector<Size>{
-           {"pi vision qkv", kQ, 512, 1152, {1152, 1152, 1152}, 72, none},
-           {"pi vision out", kL, 512, 1152, {1152}, 0, none},
-           {"pi vision fc1", kL, 512, 1152, {4304}, 0, gelu},
-           {"pi vision fc2", kL, 512, 4304, {1152}, 0, none},
-           {"pi prefix qkv", kQ, 560, 2048, {2048, 256, 256}, 256, none},
-           {"pi prefix out", kL, 560, 2048, {2048}, 0, none},
-           {"pi prefix gate-up", kG, 560, 2048, {16384, 16384}, 0, gelu},
-           {"pi prefix down", kL, 560, 16384, {2048}, 0, none},
-           {"smol vision qkv", kQ, 2048, 768, {768, 768, 768}, 72, none},
-           {"smol vision out", kL, 2048, 768, {768}, 0, none},
-           {"smol vision fc1", kL, 2048, 768, {3072}, 0, gelu},
-           {"smol vision fc2", kL, 2048, 3072, {768}, 0, none},
-           {"smol connector", kL, 128, 12288, {960}, 0, none},
-           {"smol prefix qkv", kQ, 177, 960, {960, 320, 320}, 64, none},
-           {"smol prefix out", kL, 177, 960, {960}, 0, none},
-           {"smol prefix g-up", kG, 177, 960, {2560, 2560}, 0, silu},
-           {"smol prefix down", kL, 177, 2560, {960}, 0, none},
-       }) {
-    time_product(s, sweep);
+  const std::vector<Size> sizes{
+      {"pi vision qkv", kQ, 512, 1152, {1152, 1152, 1152}, 72, none},
+      {"pi vision out", kL, 512, 1152, {1152}, 0, none},
+      {"pi vision fc1", kL, 512, 1152, {4304}, 0, gelu},
+      {"pi vision fc2", kL, 512, 4304, {1152}, 0, none},
+      {"pi prefix qkv", kQ, 560, 2048, {2048, 256, 256}, 256, none},
+      {"pi prefix out", kL, 560, 2048, {2048}, 0, none},
+      {"pi prefix gate-up", kG, 560, 2048, {16384, 16384}, 0, gelu},
+      {"pi prefix down", kL, 560, 16384, {2048}, 0, none},
+      {"smol vision qkv", kQ, 2048, 768, {768, 768, 768}, 72, none},
+      {"smol vision out", kL, 2048, 768, {768}, 0, none},
+      {"smol vision fc1", kL, 2048, 768, {3072}, 0, gelu},
+      {"smol vision fc2", kL, 2048, 3072, {768}, 0, none},
+      {"smol connector", kL, 128, 12288, {960}, 0, none},
+      {"smol prefix qkv", kQ, 177, 960, {960, 320, 320}, 64, none},
+      {"smol prefix out", kL, 177, 960, {960}, 0, none},
+      {"smol prefix g-up", kG, 177, 960, {2560, 2560}, 0, silu},
+      {"smol prefix down", kL, 177, 2560, {960}, 0, none},
+  };
+  if (probe) {
+    for (const Size& s : sizes) {
+      if (s.name == std::string(name)) time_product(s, false, probe);
+    }
+    return;
   }
+  for (const Size& s : sizes) time_product(s, sweep);
   time_attention("smol vision", 1024, 1024, 12, 12, 64, 2);
   time_attention("smol prefix", 177, 177, 15, 5, 64, 1);
   time_attention("pi vision", 256, 256, 16, 16, 72, 2);
@@ -411,5 +424,12 @@ int main(int count, char** arguments) {
   CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   base = launch_on(stream, 64 << 20);
   owned().clear();
-  everything(count > 1 && std::string(arguments[1]) == "sweep");
+  const std::string mode = count > 1 ? arguments[1] : "";
+  if (mode == "probe" && count == 7) {
+    const vla::cuda::Tile tile{std::atoi(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5]),
+                               std::atoi(arguments[6])};
+    everything(false, arguments[2], &tile);
+  } else {
+    everything(mode == "sweep", "", nullptr);
+  }
 }

@@ -1,4 +1,4 @@
-// Attention of many queries, from sm_80 up.
+// Attention of many queries: the operation, and the kernel for devices from sm_80 up.
 //
 // out (batch m, heads d) = softmax(q k^T / sqrt(d) + mask) v by head. A block takes 64 queries of one head:
 // four warps of 16 queries (mma.sync), GROUPS times, each group of warps with its own share of the keys; the
@@ -7,23 +7,11 @@
 // 2018; Dao et al. 2022).
 #include <cmath>
 
+#include "attention.cuh"
 #include "rows.cuh"
 
 namespace vla::cuda {
 namespace {
-
-struct Queries {
-  const bf16 *q = nullptr, *k = nullptr, *v = nullptr;
-  bf16* out = nullptr;
-  int64_t ldq = 0, ldk = 0, ldv = 0, ldo = 0;
-  const int *q_block = nullptr, *k_block = nullptr;
-  int64_t ld_q_block = 0, ld_k_block = 0;
-  int m = 0, n = 0, head_dim = 0, group = 1;  // group: query heads of a key head
-  float scale = 0.0f;                         // log2(e) / sqrt(d)
-  bool wide = false;                          // rows of q, k and v can be read by 16 bytes
-};
-
-constexpr int kQueries = 64;
 
 // `rows` rows of D columns (d of them real) to shared memory with a row's stride of D + 8; zeros elsewhere.
 template <int D, int THREADS>
@@ -123,41 +111,48 @@ __global__ void __launch_bounds__(128 * GROUPS) attention_kernel(const __grid_co
         mma_16816(s[2 * j + 1], a, b[2], b[3]);
       }
     }
-    // Scale, mask, and the row's maximum over the four lanes that share it.
+    // Mask, then the row's maximum over the four lanes that share it.
     const int key0 = (i * GROUPS + group) * kKeys;
     const int* blocks = k_blocks + ((i & 1) * GROUPS + group) * kKeys;
-    float high[2] = {top[0], top[1]};
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int key = j * 8 + 2 * (lane & 3) + (e & 1);
-        bool seen = key0 + key < p.n;
-        if (p.k_block) seen = seen && blocks[key] <= seen_up_to[e >> 1];
-        s[j][e] = seen ? s[j][e] * p.scale : -INFINITY;
-        high[e >> 1] = fmaxf(high[e >> 1], s[j][e]);
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      high[h] = fmaxf(high[h], __shfl_xor_sync(0xffffffffu, high[h], 1));
-      high[h] = fmaxf(high[h], __shfl_xor_sync(0xffffffffu, high[h], 2));
-      const float shift = high[h] == -INFINITY ? 0.0f : high[h];  // nothing seen yet: all weights become 0
-      const float shrink = exp2f(top[h] - shift);
-      top[h] = high[h];
-      total[h] *= shrink;
-#pragma unroll
-      for (int j = 0; j < kOut; ++j) {
-        out[j][2 * h] *= shrink;
-        out[j][2 * h + 1] *= shrink;
-      }
+    if (p.k_block || key0 + kKeys > p.n) {
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          s[j][2 * h + e] = exp2f(s[j][2 * h + e] - shift);
-          total[h] += s[j][2 * h + e];
+          const int key = j * 8 + 2 * (lane & 3) + e;
+          const int block = p.k_block ? blocks[key] : 0;
+          const bool inside = key0 + key < p.n;
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            s[j][2 * h + e] = inside && block <= seen_up_to[h] ? s[j][2 * h + e] : -INFINITY;
         }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float high = top[h];
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) high = fmaxf(high, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+      const float shift =
+          high == -INFINITY ? 0.0f : high * p.scale;  // nothing seen yet: all weights become 0
+      const float shrink = exp2_fast(top[h] * p.scale - shift);
+      top[h] = high;
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          s[j][2 * h + e] = exp2_fast(s[j][2 * h + e] * p.scale - shift);
+          sum += s[j][2 * h + e];
+        }
+      }
+      total[h] = total[h] * shrink + sum;
+#pragma unroll
+      for (int j = 0; j < kOut; ++j) {
+        out[j][2 * h] *= shrink;
+        out[j][2 * h + 1] *= shrink;
       }
     }
 #pragma unroll
@@ -179,6 +174,7 @@ __global__ void __launch_bounds__(128 * GROUPS) attention_kernel(const __grid_co
   for (int h = 0; h < 2; ++h) {
     total[h] += __shfl_xor_sync(0xffffffffu, total[h], 1);
     total[h] += __shfl_xor_sync(0xffffffffu, total[h], 2);
+    top[h] = top[h] == -INFINITY ? top[h] : top[h] * p.scale;
   }
   if constexpr (GROUPS > 1) {
     cp_async_wait<0>();
@@ -206,7 +202,7 @@ __global__ void __launch_bounds__(128 * GROUPS) attention_kernel(const __grid_co
     for (int h = 0; h < 2; ++h) {
       const float other = tops[2 * (r + 8 * h)], other_total = tops[2 * (r + 8 * h) + 1];
       const float high = fmaxf(top[h], other), shift = high == -INFINITY ? 0.0f : high;
-      const float mine = exp2f(top[h] - shift), theirs = exp2f(other - shift);
+      const float mine = exp2_fast(top[h] - shift), theirs = exp2_fast(other - shift);
       total[h] = total[h] * mine + other_total * theirs;
 #pragma unroll
       for (int j = 0; j < kOut; ++j) {
@@ -236,13 +232,23 @@ __global__ void __launch_bounds__(128 * GROUPS) attention_kernel(const __grid_co
 }
 
 template <int D, int GROUPS, int KEYS>
-cudaError_t run(const Queries& p, int heads, int batch, const Launch& at) {
+cudaError_t run(const Queries& p, const Launch& at) {
   using S = Sizes<D, GROUPS, KEYS>;
-  return launch_kernel(attention_kernel<D, GROUPS, KEYS>, dim3(ceil_div(p.m, kQueries), heads, batch),
+  return launch_kernel(attention_kernel<D, GROUPS, KEYS>, dim3(ceil_div(p.m, kQueries), p.heads, p.batch),
                        dim3(S::kThreads), S::kShared, at, 1, p);
 }
 
 }  // namespace
+
+cudaError_t attention_sm80(const Queries& p, const Launch& at) {
+  const int blocks = ceil_div(p.m, kQueries) * p.heads * p.batch;
+  const bool few = blocks <= 2 * at.sms;  // then two groups of warps make a block's time shorter
+  if (p.head_dim <= 64) return few ? run<64, 2, 32>(p, at) : run<64, 1, 64>(p, at);
+  if (p.head_dim <= 80) return run<80, 2, 32>(p, at);
+  if (p.head_dim <= 128) return run<128, 2, 32>(p, at);
+  // Only Hopper and Blackwell's large chips have the shared memory for two groups' slices of 32 keys of 256.
+  return at.arch >= 90 && at.arch < 120 ? run<256, 2, 32>(p, at) : run<256, 1, 16>(p, at);
+}
 
 cudaError_t launch_large(const Attention& op, const Launch& at) {
   Queries p;
@@ -255,10 +261,11 @@ cudaError_t launch_large(const Attention& op, const Launch& at) {
   p.ldv = op.v.ld;
   p.ldo = op.out.ld;
   p.head_dim = op.head_dim;
+  p.batch = op.batch;
   p.m = op.q.rows / op.batch;
   p.n = op.k.rows / op.batch;
-  const int heads = op.q.cols / op.head_dim;
-  p.group = heads / (op.k.cols / op.head_dim);
+  p.heads = op.q.cols / op.head_dim;
+  p.group = p.heads / (op.k.cols / op.head_dim);
   p.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(op.head_dim));
   if (op.q_block && op.k_block) {
     p.q_block = op.q_block.at<const int>(at.step);
@@ -266,17 +273,9 @@ cudaError_t launch_large(const Attention& op, const Launch& at) {
     p.ld_q_block = op.q_block.ld;
     p.ld_k_block = op.k_block.ld;
   }
-  p.wide = op.head_dim % 8 == 0 && aligned16(op.q, at.step) && aligned16(op.k, at.step) &&
-           aligned16(op.v, at.step) && aligned16(op.out, at.step);
-  const int blocks = ceil_div(p.m, kQueries) * heads * op.batch;
-  const bool few = blocks <= 2 * at.sms;  // then two groups of warps make a block's time shorter
-  if (op.head_dim <= 64)
-    return few ? run<64, 2, 32>(p, heads, op.batch, at) : run<64, 1, 64>(p, heads, op.batch, at);
-  if (op.head_dim <= 80) return run<80, 2, 32>(p, heads, op.batch, at);
-  if (op.head_dim <= 128) return run<128, 2, 32>(p, heads, op.batch, at);
-  // Only Hopper and Blackwell's large chips have the shared memory for two groups' slices of 32 keys of 256.
-  if (at.arch >= 90 && at.arch < 120) return run<256, 2, 32>(p, heads, op.batch, at);
-  return run<256, 1, 16>(p, heads, op.batch, at);
+  p.wide = op.head_dim % 8 == 0;
+  for (const View* v : {&op.q, &op.k, &op.v, &op.out}) p.wide = p.wide && aligned16(*v, at.step);
+  return at.arch == 90 && p.wide && p.head_dim >= 64 ? attention_sm90(p, at) : attention_sm80(p, at);
 }
 
 }  // namespace vla::cuda

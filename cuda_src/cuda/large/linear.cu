@@ -55,6 +55,12 @@ cudaError_t prepare_left(Product& p, const View& x, const Norm& norm, Launch& at
   return error;
 }
 
+void set_activation(Product& p, Act act) {
+  p.activated = act != Act::kNone;
+  p.act_linear = act == Act::kGeluTanh ? 0.7978845608028654f : 0.5f;
+  p.act_cubic = act == Act::kGeluTanh ? 0.035677408136300125f : 0.0f;
+}
+
 void set_weight(Product& p, const Weight& w) {
   p.w = static_cast<const bf16*>(w.data);
   p.ldw = packed_k(w.k);
@@ -112,9 +118,10 @@ cudaError_t make_product(const Linear& op, Launch& at, Product* made) {
   p.ldo = op.out.ld;
   p.cols = op.out.cols;
   p.out_f32 = op.out.dtype == DType::kF32;
-  p.act = op.act;
+  set_activation(p, op.act);
   p.scale = op.scale;
   p.bias = floats(op.bias, at.step);
+  p.has_bias = p.bias != nullptr;
   p.gate = floats(op.gate, at.step);
   p.wide = !p.out_f32 && p.cols % 8 == 0 && aligned16(op.out, at.step);
   if (op.residual) {
@@ -136,7 +143,7 @@ cudaError_t make_product(const GatedLinear& op, Launch& at, Product* made) {
   p.ldo = op.out.ld;
   p.cols = op.out.cols;
   p.out_f32 = op.out.dtype == DType::kF32;
-  p.act = op.act;
+  set_activation(p, op.act);
   p.wide = !p.out_f32 && p.cols % 8 == 0 && aligned16(op.out, at.step);
   const cudaError_t error = prepare_left(p, op.x, op.norm, at);
   *made = p;
@@ -157,6 +164,7 @@ cudaError_t make_product(const Qkv& op, Launch& at, Product* made) {
       p.part[i] = parts[i]->at<bf16>(at.step);
       p.part_ld[i] = parts[i]->ld;
       p.part_bias[i] = floats(*biases[i], at.step);
+      p.has_bias = p.has_bias || p.part_bias[i];
       p.wide = p.wide && parts[i]->cols % 8 == 0 && aligned16(*parts[i], at.step);
       end += parts[i]->cols;
     }

@@ -24,8 +24,10 @@ struct Product {
   int cols = 0;
   bool out_f32 = false;
   bool wide = false;  // rows of out, residual, q, k and v can be read and written by 16 bytes
-  Act act = Act::kNone;
+  bool activated = false;
+  float act_linear = 0.0f, act_cubic = 0.0f;  // see activate_fast
   float scale = 1.0f;
+  bool has_bias = false;  // there is one, here or of a part
   const float* bias = nullptr;
   const float* gate = nullptr;
   const bf16* residual = nullptr;
@@ -60,16 +62,11 @@ __device__ __forceinline__ float tanh_fast(float x) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ float activate_fast(float x, Act act) {
-  if (act == Act::kGeluTanh) {
-    const float h = 0.5f * x;
-    return h + h * tanh_fast(x * (0.7978845608028654f + 0.035677408136300125f * x * x));
-  }
-  if (act == Act::kSilu) {
-    const float h = 0.5f * x;  // x / (1 + e^-x) = x / 2 (1 + tanh(x / 2))
-    return h + h * tanh_fast(h);
-  }
-  return x;
+// Both activations are x / 2 (1 + tanh(x (linear + cubic x^2))): silu with 1/2 and 0, gelu with sqrt(2 / pi)
+// and 0.044715 sqrt(2 / pi).
+__device__ __forceinline__ float activate_fast(const Product& p, float x) {
+  const float h = 0.5f * x;
+  return h + h * tanh_fast(x * (p.act_linear + p.act_cubic * x * x));
 }
 
 // Word i of lane q of every four lanes goes to word q of lane i: 8 columns that a thread holds in four blocks
@@ -96,41 +93,75 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
+// The number that is added to packed column `column` before anything else.
+__device__ __forceinline__ float bias_of(const Product& p, int column) {
+  if (p.kind == ProductKind::kLinear) return p.bias && column < p.cols ? p.bias[column] : 0.0f;
+  if (p.kind == ProductKind::kGated || column >= p.end[2]) return 0.0f;
+  const int part = column < p.end[0] ? 0 : column < p.end[1] ? 1 : 2;
+  return p.part_bias[part] ? p.part_bias[part][column - (part ? p.end[part - 1] : 0)] : 0.0f;
+}
+// The same for column i of a tile whose first unit is `unit`.
+__device__ __forceinline__ float bias_in_tile(const Product& p, int unit, int i) {
+  const Columns c = columns_of(p, unit + i / 64);
+  return bias_of(p, (i & 32 ? c.second : c.first) + i % 32);
+}
+
+// What a unit's end reads, asked for before its sums are there: rows `row` and `row` + 8 of both halves.
+struct Ahead {
+  uint4 residual[2][2] = {};
+};
+__device__ __forceinline__ int residual_row(const Product& p, int row) {
+  return row < p.residual_rows ? row : row % p.residual_rows;
+}
+__device__ __forceinline__ Ahead look_ahead(const Product& p, int row, int unit) {
+  Ahead ahead;
+  if (p.kind != ProductKind::kLinear || !p.residual || !p.wide) return ahead;
+  const int c = 64 * unit + 8 * (threadIdx.x & 3);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row + 8 * r >= p.m) continue;
+    const bf16* from = p.residual + residual_row(p, row + 8 * r) * p.ldr + c;
+    if (c < p.cols) ahead.residual[r][0] = *reinterpret_cast<const uint4*>(from);
+    if (c + 32 < p.cols) ahead.residual[r][1] = *reinterpret_cast<const uint4*>(from + 32);
+  }
+  return ahead;
+}
+
 // Adds the residual to, and stores, 32 columns of one row: this thread has columns c + 8 i + 2 q + {0, 1} as
-// v[4 i + {0, 1}].
-__device__ __forceinline__ void store_row(const Product& p, int row, int c, const float* v) {
+// v[4 i + {0, 1}], and columns c + 8 q ... of the residual.
+__device__ __forceinline__ void store_row(const Product& p, int row, int c, const float* v,
+                                          const uint4& residual) {
   const int q = threadIdx.x & 3;
-  const bool inside = row < p.m;
-  const bf16* residual = p.residual ? p.residual + (row % p.residual_rows) * p.ldr : nullptr;
   if (p.wide) {
     const int at = c + 8 * q;
-    const bool mine = inside && at < p.cols;
-    uint32_t words[4] = {0, 0, 0, 0};
-    if (residual) {
-      if (mine) {
-        const uint4 r = *reinterpret_cast<const uint4*>(residual + at);
-        words[0] = r.x, words[1] = r.y, words[2] = r.z, words[3] = r.w;
-      }
-      transpose_quad(words);
-    }
+    uint32_t words[4];
+    if (p.residual) {
+      uint32_t r[4] = {residual.x, residual.y, residual.z, residual.w};
+      transpose_quad(r);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 r = unpack2(words[i]);
-      words[i] = pack2(v[4 * i] + r.x, v[4 * i + 1] + r.y);
+      for (int i = 0; i < 4; ++i) {
+        const float2 f = unpack2(r[i]);
+        words[i] = pack2(v[4 * i] + f.x, v[4 * i + 1] + f.y);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack2(v[4 * i], v[4 * i + 1]);
     }
     transpose_quad(words);
-    if (mine) {
+    if (row < p.m && at < p.cols) {
       *reinterpret_cast<uint4*>(static_cast<bf16*>(p.out) + row * p.ldo + at) =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
     return;
   }
+  if (row >= p.m) return;
+  const bf16* r = p.residual ? p.residual + residual_row(p, row) * p.ldr : nullptr;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const int col = c + 8 * (j >> 1) + 2 * q + (j & 1);
-    if (inside && col < p.cols) {
-      const float r = residual ? __bfloat162float(residual[col]) : 0.0f;
-      store_from_float(p.out, row * p.ldo + col, v[4 * (j >> 1) + (j & 1)] + r, p.out_f32);
+    if (col < p.cols) {
+      store_from_float(p.out, row * p.ldo + col,
+                       v[4 * (j >> 1) + (j & 1)] + (r ? __bfloat162float(r[col]) : 0.0f), p.out_f32);
     }
   }
 }
@@ -163,59 +194,67 @@ __device__ __forceinline__ void store_parts(const Product& p, int row, int c, co
   }
 }
 
-__device__ __forceinline__ void finish_linear(const Product& p, int row, int c, float* x) {
+// Adds 32 biases in shared memory.
+__device__ __forceinline__ void add_bias(const float* bias, float* x) {
   const int q = threadIdx.x & 3;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int col = min(c + 8 * i + 2 * q + e, p.cols - 1);
-      const float bias = p.bias ? __ldg(p.bias + col) : 0.0f;
-      const float gate = p.gate ? p.gate[col] : 1.0f;
-      x[4 * i + e] = gate * activate_fast(p.scale * (x[4 * i + e] + bias), p.act);
-      x[4 * i + 2 + e] = gate * activate_fast(p.scale * (x[4 * i + 2 + e] + bias), p.act);
-    }
+    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * i + 2 * q);
+    x[4 * i] += b.x;
+    x[4 * i + 1] += b.y;
+    x[4 * i + 2] += b.x;
+    x[4 * i + 3] += b.y;
   }
-  store_row(p, row, c, x);
-  store_row(p, row + 8, c, x + 2);
 }
 
-__device__ __forceinline__ void add_part_bias(const Product& p, int c, float* x) {
-  const int q = threadIdx.x & 3;
+__device__ __forceinline__ void finish_linear(const Product& p, int row, int c, float* x, const float* bias,
+                                              const uint4& r0, const uint4& r1) {
+  if (bias) add_bias(bias, x);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 16; ++i) x[i] *= p.scale;
+  if (p.activated) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int at = min(c + 8 * i + 2 * q + e, p.end[2] - 1);
-      const int part = at < p.end[0] ? 0 : at < p.end[1] ? 1 : 2;
-      const float* b = p.part_bias[part];
-      const float bias = b ? __ldg(b + at - (part ? p.end[part - 1] : 0)) : 0.0f;
-      x[4 * i + e] += bias;
-      x[4 * i + 2 + e] += bias;
-    }
+    for (int i = 0; i < 16; ++i) x[i] = activate_fast(p, x[i]);
   }
+  if (p.gate) {
+    const int q = threadIdx.x & 3;
+    float gate[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) gate[i] = p.gate[min(c + 8 * (i >> 1) + 2 * q + (i & 1), p.cols - 1)];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] *= gate[(i >> 2) * 2 + (i & 1)];
+  }
+  store_row(p, row, c, x, r0);
+  store_row(p, row + 8, c, x + 2, r1);
 }
 
 // What follows the sums of one unit: x and y are its two halves of 32 columns, of rows `row` and `row` + 8,
 // each as wgmma and mma leave them: block i of 8 columns, then row, then two columns from 2 q (q = lane mod
-// 4).
-__device__ __forceinline__ void finish(const Product& p, int row, int unit, float* x, float* y) {
+// 4). bias: the unit's 64 biases in shared memory, or nullptr where there are none.
+__device__ __forceinline__ void finish(const Product& p, int row, int unit, float* x, float* y,
+                                       const float* bias, const Ahead& ahead) {
   if (p.kind == ProductKind::kLinear) {
-    finish_linear(p, row, 64 * unit, x);
-    finish_linear(p, row, 64 * unit + 32, y);
+    finish_linear(p, row, 64 * unit, x, bias, ahead.residual[0][0], ahead.residual[1][0]);
+    finish_linear(p, row, 64 * unit + 32, y, bias ? bias + 32 : nullptr, ahead.residual[0][1],
+                  ahead.residual[1][1]);
     return;
   }
   if (p.kind == ProductKind::kGated) {
+    if (p.activated) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = activate_fast(x[i], p.act) * y[i];
-    store_row(p, row, 32 * unit, x);
-    store_row(p, row + 8, 32 * unit, x + 2);
+      for (int i = 0; i < 16; ++i) x[i] = activate_fast(p, x[i]) * y[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[i] *= y[i];
+    }
+    store_row(p, row, 32 * unit, x, uint4{});
+    store_row(p, row + 8, 32 * unit, x + 2, uint4{});
     return;
   }
   const Columns c = columns_of(p, unit);
-  if (p.part_bias[0] || p.part_bias[1] || p.part_bias[2]) {
-    add_part_bias(p, c.first, x);
-    add_part_bias(p, c.second, y);
+  if (bias) {
+    add_bias(bias, x);
+    add_bias(bias + 32, y);
   }
   if (p.rotate && c.first < p.end[1]) {
     const int q = threadIdx.x & 3, half = p.head_dim / 2;

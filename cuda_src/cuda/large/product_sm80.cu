@@ -17,6 +17,7 @@ __device__ __forceinline__ uint32_t piece(int row, int column) {  // column: in 
 
 __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ Product p, int tiles_m) {
   extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ float bias[kTile];  // the loop's first barrier makes it visible
   const uint32_t ring = smem_address(shared);
   const int tile_m = blockIdx.x % tiles_m, tile_n = blockIdx.x / tiles_m;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
     if (s < slices) load(s, s);
     cp_async_commit();
   }
+  if (p.has_bias && threadIdx.x < kTile) bias[threadIdx.x] = bias_in_tile(p, 2 * tile_n, threadIdx.x);
   float c[2][8][4] = {};
   for (int i = 0; i < slices; ++i) {
     cp_async_wait<kStages - 2>();
@@ -87,7 +89,9 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   if (64 * unit >= p.n) return;
 #pragma unroll
   for (int mi = 0; mi < 2; ++mi) {
-    finish(p, tile_m * kTile + warp_m * 32 + mi * 16 + lane / 4, unit, &c[mi][0][0], &c[mi][4][0]);
+    const int at = tile_m * kTile + warp_m * 32 + mi * 16 + lane / 4;
+    finish(p, at, unit, &c[mi][0][0], &c[mi][4][0], p.has_bias ? bias + 64 * warp_n : nullptr,
+           look_ahead(p, at, unit));
   }
 }
 

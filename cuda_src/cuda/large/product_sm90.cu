@@ -6,9 +6,8 @@
 // again when the sums are stored. PAIR = 2: two blocks with neighbouring columns load half of a's slice each,
 // for both. With SPLIT the blocks of a cluster share the k of one tile; their sums meet in shared memory and
 // are added in the order of the blocks, each block finishing its share of the tile.
-#include <cudaTypedefs.h>
-
 #include "product.cuh"
+#include "tensor_map.h"
 #include "wgmma.cuh"
 
 namespace vla::cuda {
@@ -27,12 +26,15 @@ template <int GROUPS, int COLUMNS>
 struct Shape {
   static constexpr int kRows = 64 * GROUPS;
   static constexpr int kBytesA = kRows * 128, kBytesW = COLUMNS * 128;
-  static constexpr int kFit = (kSharedBytes - 2048) / (kBytesA + kBytesW);
+  static constexpr int kExtra = 8 * 16 + 2 * COLUMNS * 4;  // barriers, and the biases of two tiles
+  static constexpr int kFit = (kSharedBytes - kExtra) / (kBytesA + kBytesW);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kShared = kStages * (kBytesA + kBytesW) + 1024;
+  static constexpr int kRing = kStages * (kBytesA + kBytesW), kShared = kRing + kExtra;
   static constexpr int kThreads = 128 * (GROUPS + 1);
   // Columns of one wgmma: the assembler refuses 256 with as few registers as four warpgroups start with.
   static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
+  // Whether there are registers to read a residual ahead of its unit.
+  static constexpr bool kAhead = GROUPS < 3 || COLUMNS < 256;
   // Registers of a thread that multiplies; the others give theirs away.
   static constexpr int kRegisters = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : GROUPS == 2 ? 240 : 255;
 };
@@ -49,10 +51,10 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 #if VLA_SM90A
   using S = Shape<GROUPS, COLUMNS>;
   constexpr int kStages = S::kStages;
-  extern __shared__ uint8_t shared_raw[];
-  __shared__ alignas(8) uint64_t full_at[kStages], empty_at[kStages];
-  const uint32_t ring = (smem_address(shared_raw) + 1023) & ~1023u;
-  const uint32_t full = smem_address(full_at), empty = smem_address(empty_at);
+  extern __shared__ __align__(1024) uint8_t shared[];
+  float* const bias = reinterpret_cast<float*>(shared + S::kRing + 8 * 16);
+  const uint32_t ring = smem_address(shared);
+  const uint32_t full = ring + S::kRing, empty = full + 64;
   const int group = threadIdx.x / 128;  // the last one loads
   const int blocks = SPLIT ? 1 : gridDim.x / PAIR;
   const int rank = PAIR > 1 || SPLIT ? static_cast<int>(cluster_rank()) : 0;
@@ -137,10 +139,15 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         }
       }
     };
-    int s = 0, parity = 0;
+    int s = 0, parity = 0, turn = 0;
     const int thread = threadIdx.x & 127;
     const int row_in_tile = group * 64 + thread / 32 * 16 + thread % 32 / 4;
     for (int tile = first; tile < tiles; tile += blocks) {
+      const int row = tile % g.tiles_m * S::kRows + row_in_tile;
+      const int unit = (tile / g.tiles_m * PAIR + (PAIR > 1 ? rank : 0)) * (COLUMNS / 64);
+      float my_bias = 0.0f;  // read now, needed when the sums are there
+      if (p.has_bias && threadIdx.x < COLUMNS) my_bias = bias_in_tile(p, unit, threadIdx.x);
+      Ahead ahead;
       float c[COLUMNS / S::kWide][S::kWide / 2];
       int before = 0;
       for (int i = slice0; i < slice1; ++i) {
@@ -163,21 +170,29 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         before = s;
         if (++s == kStages) s = 0, parity ^= 1;
       }
+      if (!SPLIT && S::kAhead) ahead = look_ahead(p, row, unit);
       wgmma_wait<0>();
       release(before);
-      const int row = tile % g.tiles_m * S::kRows + row_in_tile;
-      const int unit = (tile / g.tiles_m * PAIR + (PAIR > 1 ? rank : 0)) * (COLUMNS / 64);
+      const float* const tile_bias = p.has_bias ? bias + turn * COLUMNS : nullptr;
+      if (p.has_bias) {
+        if (threadIdx.x < COLUMNS) bias[turn * COLUMNS + threadIdx.x] = my_bias;
+        if (!SPLIT) named_barrier(1, 128 * GROUPS);
+        turn ^= 1;
+      }
       if constexpr (!SPLIT) {
 #pragma unroll
         for (int u = 0; u < COLUMNS / 64; ++u) {
+          if (!S::kAhead) ahead = look_ahead(p, row, unit + u);
+          const Ahead now = ahead;
+          if (S::kAhead && u + 1 < COLUMNS / 64) ahead = look_ahead(p, row, unit + u + 1);
           if (64 * (unit + u) < p.n) {
             float* x = &c[64 * u / S::kWide][64 * u % S::kWide / 2];
-            finish(p, row, unit + u, x, x + 16);
+            finish(p, row, unit + u, x, x + 16, tile_bias ? tile_bias + 64 * u : nullptr, now);
           }
         }
       } else {
         named_barrier(1, 128 * GROUPS);  // the ring is read by nobody any more
-        float4* to = reinterpret_cast<float4*>(shared_raw + (ring - smem_address(shared_raw)));
+        float4* to = reinterpret_cast<float4*>(shared);
 #pragma unroll
         for (int i = 0; i < COLUMNS / 8; ++i) {
           const float* x = &c[8 * i / S::kWide][8 * i % S::kWide / 2];
@@ -193,6 +208,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         const int row = first % g.tiles_m * S::kRows + from * 64 + thread / 32 * 16 + thread % 32 / 4;
         const int unit = first / g.tiles_m * kUnits + u;
         const uint32_t at = ring + ((from * (COLUMNS / 8) + u * 8) * 128 + thread) * 16;
+        const Ahead ahead = look_ahead(p, row, unit);
         float c[32] = {};
         for (int r = 0; r < split; ++r) {
           const uint32_t there = cluster_address(at, r);
@@ -205,40 +221,14 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
             c[4 * i + 3] += v.w;
           }
         }
-        if (64 * unit < p.n) finish(p, row, unit, c, c + 16);
+        if (64 * unit < p.n) {
+          finish(p, row, unit, c, c + 16, p.has_bias ? bias + 64 * u : nullptr, ahead);
+        }
       }
     }
     if constexpr (SPLIT || PAIR > 1) meet();
   }
 #endif
-}
-
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-  static const auto function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
-                                         &result) != cudaSuccess ||
-        result != cudaDriverEntryPointSuccess) {
-      found = nullptr;
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-  }();
-  return function;
-}
-
-// A matrix (rows, cols) of bf16, read in boxes of box_rows x 64.
-cudaError_t describe(CUtensorMap* map, const bf16* base, int rows, int cols, int64_t ld, int box_rows) {
-  if (!encoder()) return cudaErrorNotSupported;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld) * 2};
-  const cuuint32_t box[2] = {kSlice, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result =
-      encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(base), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <int GROUPS, int COLUMNS, int PAIR, bool SPLIT>
@@ -250,9 +240,9 @@ cudaError_t run(const Product& p, const Tile& tile, const Launch& at) {
   g.slices = ceil_div(p.k, kSlice);
   g.box = p.rotate && p.head_dim > 64 ? 32 : COLUMNS;
   CUtensorMap map_a, map_w;
-  cudaError_t error = describe(&map_a, p.a, p.m, p.k, p.lda, S::kRows / PAIR);
+  cudaError_t error = tensor_map(&map_a, p.a, p.m, p.k, p.lda, S::kRows / PAIR);
   if (error != cudaSuccess) return error;
-  error = describe(&map_w, p.w, p.n, p.k, p.ldw, g.box);
+  error = tensor_map(&map_w, p.w, p.n, p.k, p.ldw, g.box);
   if (error != cudaSuccess) return error;
   const int work = g.tiles_m * g.tiles_n;
   const int grid = SPLIT ? work * tile.split : (work < at.sms / PAIR ? work : at.sms / PAIR) * PAIR;
@@ -275,8 +265,8 @@ constexpr Entry kEntries[] = {
     entry<3, 192, 1, false>(), entry<3, 128, 1, false>(), entry<3, 128, 1, true>(),
     entry<3, 64, 1, false>(),  entry<3, 64, 1, true>(),   entry<2, 256, 1, false>(),
     entry<2, 256, 1, true>(),  entry<2, 128, 1, false>(), entry<2, 128, 1, true>(),
-    entry<2, 192, 1, false>(), entry<2, 64, 1, true>(),   entry<1, 64, 1, false>(),
-    entry<1, 64, 1, true>(),   entry<4, 128, 1, false>(),
+    entry<2, 192, 1, false>(), entry<2, 64, 1, false>(),  entry<2, 64, 1, true>(),
+    entry<1, 64, 1, false>(),  entry<1, 64, 1, true>(),   entry<4, 128, 1, false>(),
 };
 
 const Entry* find(const Tile& tile) {

@@ -6,7 +6,7 @@ namespace vla::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kKept = 8;  // vectors of 8 that a lane keeps: rows of up to 2048 are read once
+constexpr int kKept = 4;  // rows of up to 1024 (one warp each) or 4096 (four) are read once
 
 struct Rows {
   const void* x = nullptr;
@@ -21,72 +21,110 @@ struct Rows {
   int factor = 1, height = 1, width = 1;  // space to depth: row (b, y, x) of a grid goes to the square's row
 };
 
-__device__ __forceinline__ void load8(const Rows& r, int64_t row, int c, float (&v)[8]) {
-  if (r.wide) {
-    const uint4 u = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(r.x) + row * r.ldx + c);
-    const uint32_t words[4] = {u.x, u.y, u.z, u.w};
+// Eight numbers of a row from column c; what lies beyond the row is zero.
+template <bool WIDE>
+__device__ __forceinline__ uint4 load_raw(const Rows& r, int64_t row, int c) {
+  if constexpr (WIDE) return *reinterpret_cast<const uint4*>(static_cast<const bf16*>(r.x) + row * r.ldx + c);
+  return {};
+}
+template <bool WIDE>
+__device__ __forceinline__ void convert(const Rows& r, int64_t row, int c, const uint4& raw, float (&v)[8]) {
+  if constexpr (WIDE) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 f = unpack2(words[i]);
       v[2 * i] = f.x;
       v[2 * i + 1] = f.y;
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = c + i < r.cols ? load_as_float(r.x, row * r.ldx + c + i, r.x_f32) : 0.0f;
+    for (int i = 0; i < 8; ++i)
+      v[i] = c + i < r.cols ? load_as_float(r.x, row * r.ldx + c + i, r.x_f32) : 0.0f;
+  }
+}
+
+// Eight of a norm's weights or biases, or `none` where it has none.
+template <bool WIDE>
+__device__ __forceinline__ void load_factors(const float* from, int c, int cols, float none, float (&v)[8]) {
+  if (!from) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = none;
+  } else if constexpr (WIDE) {
+    *reinterpret_cast<float4*>(v) = __ldg(reinterpret_cast<const float4*>(from + c));
+    *reinterpret_cast<float4*>(v + 4) = __ldg(reinterpret_cast<const float4*>(from + c + 4));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = from[min(c + i, cols - 1)];
+  }
 }
 
 // out row = (x - mean) / sqrt(var + eps) * (weight + plus) + bias (layer), x / sqrt(mean(x^2) + eps) ...
-// (rms), or x; x (rows, cols), out (rows, padded) or, with factor f, (rows / f^2, cols f^2). A warp for each
-// row.
+// (rms), or x; x (rows, cols), out (rows, padded) or, with factor f, (rows / f^2, cols f^2). WARPS warps for
+// each row, whose first kKept vectors of 8 a lane keeps; longer rows are read again.
+template <bool WIDE, int WARPS>
 __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(const Rows r) {
+  __shared__ float sums[2][kWarps];
   pdl_trigger();
   pdl_wait();
-  const int row = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int lane = threadIdx.x % (32 * WARPS);
+  const int row = blockIdx.x * (kWarps / WARPS) + threadIdx.x / (32 * WARPS);
   if (row >= r.rows) return;
+  const auto total = [&](float v, int turn) {
+    v = warp_sum(v);
+    if constexpr (WARPS > 1) {
+      if (threadIdx.x % 32 == 0) sums[turn][threadIdx.x / 32] = v;
+      __syncthreads();
+      v = 0.0f;
+#pragma unroll
+      for (int i = 0; i < WARPS; ++i) v += sums[turn][i];
+    }
+    return v;
+  };
+  constexpr int kStep = 256 * WARPS;
+  uint4 raw[kKept];
   float kept[kKept][8];
-  float sum = 0.0f;
-  const int vectors = ceil_div(r.cols, 256);  // of a lane
 #pragma unroll
   for (int j = 0; j < kKept; ++j) {
-    const int c = (j * 32 + lane) * 8;
-    if (c < r.cols) load8(r, row, c, kept[j]);
+    const int c = j * kStep + lane * 8;
+    if (c < r.cols) raw[j] = load_raw<WIDE>(r, row, c);
   }
-  const bool layer = r.kind == NormKind::kLayer;
-  float mean = 0.0f, scale = 1.0f;
+#pragma unroll
+  for (int j = 0; j < kKept; ++j) {
+    const int c = j * kStep + lane * 8;
+    if (c < r.cols) convert<WIDE>(r, row, c, raw[j], kept[j]);
+  }
   const auto over = [&](auto&& use) {
 #pragma unroll
     for (int j = 0; j < kKept; ++j) {
-      const int c = (j * 32 + lane) * 8;
+      const int c = j * kStep + lane * 8;
       if (c < r.cols) use(c, kept[j]);
     }
-    for (int j = kKept; j < vectors; ++j) {
-      const int c = (j * 32 + lane) * 8;
+    for (int c = kKept * kStep + lane * 8; c < r.cols; c += kStep) {
       float v[8];
-      if (c < r.cols) {
-        load8(r, row, c, v);
-        use(c, v);
-      }
+      convert<WIDE>(r, row, c, load_raw<WIDE>(r, row, c), v);
+      use(c, v);
     }
   };
-  if (layer) {
-    over([&](int, float (&v)[8]) {  // what lies beyond cols is zero
+  float mean = 0.0f, scale = 1.0f;
+  if (r.kind == NormKind::kLayer) {
+    float sum = 0.0f;
+    over([&](int, float (&v)[8]) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += v[i];
     });
-    mean = warp_sum(sum) / r.cols;
+    mean = total(sum, 0) / r.cols;
   }
   if (r.kind != NormKind::kNone) {
     float squares = 0.0f;
     over([&](int c, float (&v)[8]) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float d = c + i < r.cols ? v[i] - mean : 0.0f;
+        const float d = WIDE || c + i < r.cols ? v[i] - mean : 0.0f;
         squares += d * d;
       }
     });
-    scale = rsqrtf(warp_sum(squares) / r.cols + r.eps);
+    scale = rsqrtf(total(squares, 1) / r.cols + r.eps);
   }
   int64_t to = row * r.ldo;
   if (r.factor > 1) {
@@ -96,14 +134,12 @@ __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(const Rows r) {
   }
   bf16* out = r.out + to;
   over([&](int c, float (&v)[8]) {
+    float weight[8], bias[8];
+    load_factors<WIDE>(r.weight, c, r.cols, 1.0f - r.plus, weight);
+    load_factors<WIDE>(r.bias, c, r.cols, 0.0f, bias);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int at = min(c + i, r.cols - 1);
-      const float weight = r.weight ? r.weight[at] + r.plus : 1.0f;
-      const float bias = r.bias ? r.bias[at] : 0.0f;
-      v[i] = (v[i] - mean) * scale * weight + bias;
-    }
-    if (r.wide) {
+    for (int i = 0; i < 8; ++i) v[i] = (v[i] - mean) * scale * (weight[i] + r.plus) + bias[i];
+    if constexpr (WIDE) {
       *reinterpret_cast<uint4*>(out + c) =
           make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
     } else {
@@ -113,7 +149,7 @@ __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(const Rows r) {
       }
     }
   });
-  for (int c = r.cols + lane; c < r.padded; c += 32) out[c] = __float2bfloat16(0.0f);
+  for (int c = r.cols + lane; c < r.padded; c += 32 * WARPS) out[c] = __float2bfloat16(0.0f);
 }
 
 // out[i] (m, d) = scale * table[tokens[i]]; a token out of range takes row 0. A block for each row.
@@ -167,8 +203,16 @@ static cudaError_t normalise(Rows r, const View& x, const Norm& norm, const Laun
   if (norm.kind != NormKind::kNone) {
     r.weight = norm.weight ? norm.weight.at<float>(at.step) : nullptr;
     r.bias = norm.bias ? norm.bias.at<float>(at.step) : nullptr;
+    for (const float* factors : {r.weight, r.bias}) {
+      r.wide = r.wide && reinterpret_cast<uintptr_t>(factors) % 16 == 0;
+    }
   }
-  return launch_kernel(normalise_kernel, dim3(ceil_div(x.rows, kWarps)), dim3(32 * kWarps), 0, at, 1, r);
+  const bool narrow = !r.wide || x.cols <= 1024;  // a warp for each row
+  const auto kernel = !r.wide  ? normalise_kernel<false, 1>
+                      : narrow ? normalise_kernel<true, 1>
+                               : normalise_kernel<true, kWarps>;
+  const int blocks = narrow ? ceil_div(x.rows, kWarps) : x.rows;
+  return launch_kernel(kernel, dim3(blocks), dim3(32 * kWarps), 0, at, 1, r);
 }
 
 cudaError_t normalise_rows(const View& x, const Norm& norm, bf16* out, int64_t ldo, int padded,

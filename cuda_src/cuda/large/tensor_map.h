@@ -1,0 +1,19 @@
+// What the copy engine is told of a matrix; see tensor_map.cc.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace vla::cuda {
+
+// A matrix (rows, cols) read in boxes of box_rows x 64.
+cudaError_t tensor_map(CUtensorMap* map, const __nv_bfloat16* base, int rows, int cols, int64_t ld,
+                       int box_rows);
+// A matrix (rows, heads * d) read in boxes of box_rows x 64 of one head; columns beyond d are zeros.
+cudaError_t tensor_map_heads(CUtensorMap* map, const __nv_bfloat16* base, int rows, int heads, int d,
+                             int64_t ld, int box_rows);
+
+}  // namespace vla::cuda
