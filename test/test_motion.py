@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vla_infer.chunk import Chunk
 from vla_infer.contract import Contract, parse_contract
 from vla_infer.failsafe import Flag, Level
-from vla_infer.motion import TRAJECTORY_END, Motion, Outgoing
+from vla_infer.motion import TRAJECTORY_END, Motion, Outgoing, measured_positions
 from vla_infer.safety_options import MODES
 from vla_infer.scheduler import Verdict
 
@@ -57,7 +57,8 @@ def constant(value: float, observed_at: float, *, rows: int = 50, width: int = 6
 def started(at: float = 1.0, made: Contract | None = None, **change: Any) -> Motion:
     made = made or contract(**change)
     motion = Motion(made, P)
-    motion.start(at, np.zeros(made.action_dim))
+    motion.start(at)
+    motion.stand(np.zeros(made.action_dim))
     return motion
 
 
@@ -228,7 +229,8 @@ def test_a_trip_holds_and_waits_for_an_operator() -> None:
         held = motion.tick(1.0 + P * i, {}, i)
         assert (held.state.level, held.state.flag) == (Level.DEACTIVATE, Flag.TRIPPED)
         np.testing.assert_array_equal(held.values, stood)
-    motion.start(3.0, np.zeros(6))
+    motion.start(3.0)
+    motion.stand(np.zeros(6))
     motion.take(constant(0.1, 3.0), 3.0)
     assert motion.tick(3.0, {}, 0).state.level is Level.RUN
 
@@ -236,7 +238,8 @@ def test_a_trip_holds_and_waits_for_an_operator() -> None:
 def test_standing_outside_the_limits_deactivates() -> None:
     made = contract()
     motion = Motion(made, P)
-    motion.start(1.0, np.array([2.5, 0, 0, 0, 0, 0]))
+    motion.start(1.0)
+    motion.stand(np.array([2.5, 0, 0, 0, 0, 0]))
     motion.take(constant(0.1, 1.0), 1.0)
     out = motion.tick(1.0, {}, 0)
     assert out.values is None
@@ -274,6 +277,21 @@ def test_a_preview_leaves_no_trace() -> None:
         np.testing.assert_array_equal(a.values, b.values)
 
 
+def test_where_the_robot_stands_comes_from_the_state_by_name() -> None:
+    so101 = contract()
+    vector = so101.states[0].units.to_policy(np.arange(6) * 0.1).astype(np.float32)
+    np.testing.assert_allclose(measured_positions(so101, [vector]), np.arange(6) * 0.1, atol=1e-6)
+    assert np.isnan(measured_positions(so101, [None])).all()
+    base = measured_positions(contract("lekiwi"), [vector, np.zeros(3, dtype=np.float32)])
+    np.testing.assert_array_equal(np.isnan(base), [False] * 6 + [True] * 3)
+    aloha = contract("aloha")  # the same joint names on the left and on the right
+    left, right = (
+        s.units.to_policy(np.full(7, v)).astype(np.float32)
+        for s, v in zip(aloha.states, (0.02, 0.05), strict=True)
+    )
+    np.testing.assert_allclose(measured_positions(aloha, [left, right]), [0.02] * 7 + [0.05] * 7, atol=1e-6)
+
+
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(["chunk", "nan", "stale", "estop", "reset", "start", "fail", "tick", "tick", "tick"]),
@@ -306,7 +324,8 @@ def test_any_history_keeps_the_limits(mode: str, events: list[tuple[str, float, 
         elif kind == "fail":
             motion.failsafe.engine_failed("x")
         elif kind == "start":
-            motion.start(now, at)
+            motion.start(now)
+            motion.stand(at)
         out: Outgoing = motion.tick(now, raised, frames)
         if out.values is None:
             continue

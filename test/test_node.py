@@ -252,7 +252,7 @@ def test_a_nan_in_a_chunk_moves_nothing(make: Any) -> None:
     harness.robot.feed()
     until(lambda: int(harness.robot.value("inference", "chunks_not_finite") or 0) > 3, what="refusals")
     assert not harness.values(DRY)
-    assert any("chunk refused: not finite" in line for line in harness.lines)
+    assert any("chunk refused" in line and "not finite" in line for line in harness.lines)
 
 
 @pytest.mark.parametrize("behaviour", ["raises", "narrow"])
@@ -391,12 +391,20 @@ def test_trajectories(make: Any, tmp_path: Path, points: str) -> None:
             assert len(setpoint.times) == 1
             assert setpoint.times[0] == pytest.approx(0.02)
         else:
-            assert len(setpoint.times) > 20
-            np.testing.assert_allclose(np.diff(setpoint.times[1:]), 0.1, atol=1e-6)
-            np.testing.assert_allclose(np.diff(np.degrees(setpoint.values[:, 0])), 1.0, atol=1e-3)
+            # Never further than a killed node may move the arm.
+            assert setpoint.times[-1] <= 0.2 + 1e-6
+            np.testing.assert_allclose(np.diff(setpoint.times), 0.02, atol=1e-6)
     if points == "chunk":
+        assert max(len(message.points) for _, message in harness.robot.commands["/arm_dry"]) == 10
+        played = int(harness.robot.value("control", "commands_played") or 0)
+        until(
+            lambda: int(harness.robot.value("control", "commands_played") or 0) > played + 100,
+            what="commands",
+        )
+        played = int(harness.robot.value("control", "commands_played"))
         inferences = len(harness.policy.calls)
-        assert len(harness.robot.commands["/arm_dry"]) <= inferences + 1  # once each, not at every tick
+        # At each chunk and each time that half is over, not at every tick.
+        assert len(harness.robot.commands["/arm_dry"]) <= inferences + played / 4 + 5
 
 
 def test_two_outputs_and_a_velocity_that_ends_in_zero(make: Any, tmp_path: Path) -> None:
@@ -412,7 +420,8 @@ def test_two_outputs_and_a_velocity_that_ends_in_zero(make: Any, tmp_path: Path)
         lambda: len(harness.values("/base_dry")) > 10 and len(harness.values("/arm_dry")) > 10,
         what="commands",
     )
-    assert harness.values("/base_dry")[-1][0] > 5  # the stand-in's numbers go straight through
+    # The stand-in's numbers go straight through once the ramp is over.
+    until(lambda: harness.values("/base_dry")[-1][0] > 5, what="velocity")
     assert harness.robot.commands["/base_dry"][-1][1].header.frame_id == "base_link"
     assert harness.do(harness.node.trigger_deactivate) == "SUCCESS"
     time.sleep(0.1)

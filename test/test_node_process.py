@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
@@ -133,7 +134,14 @@ def test_the_golden_policy_drives_the_robot_as_it_would_be_called(
     """One observation alone: what is published are rows of what `predict` gives for it, in radians."""
     from vla_infer.policy import load_policy
 
-    path = patient_contract(tmp_path)
+    # No limits, ramp or interpolation: random weights make no smooth motion, and rows are to be recognised.
+    document = yaml.safe_load((HERE.parent / "config" / "so101.yaml").read_text())
+    path = patient_contract(
+        tmp_path,
+        command={key: value for key, value in document["command"].items() if key != "limits"},
+        scheduler={"interpolation": "none"},
+        failsafe={"good_frames": 1, "resume_ramp": 0.0},
+    )
     contract = load_contract(path)
     program = start(NODE, policy=GOLDEN, contract=path)
     until(lambda: robot.value("state", "lifecycle") == "active", timeout=20, what="active")

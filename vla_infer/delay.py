@@ -50,3 +50,29 @@ class Trigger:
         if self._options.trigger == "horizon":
             return left <= self._options.horizon_left * period + delay
         return True
+
+
+class InferenceWatchdog:
+    """After how long an inference that has not returned counts as hanging.
+
+    The contract's inference_timeout; where that is 0, the larger of 1 s and five times the slowest of the
+    last inferences, and a minute for the first one, of which nothing is known.
+    """
+
+    LEAST, FIRST, TIMES = 1.0, 60.0, 5.0
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._durations = DelayEstimate()
+
+    def add(self, seconds: float) -> None:
+        """Note how long an inference took."""
+        self._durations.add(seconds)
+
+    @property
+    def limit(self) -> float:
+        """Seconds."""
+        if self._timeout > 0.0:
+            return self._timeout
+        slowest = self._durations.seconds
+        return max(self.LEAST, self.TIMES * slowest) if slowest > 0.0 else self.FIRST

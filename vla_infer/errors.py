@@ -25,3 +25,7 @@ class UnsupportedError(VlaInferError):
 
 class EngineError(VlaInferError):
     """The engine failed while planning or running a tape."""
+
+
+class DeviceLostError(EngineError):
+    """The device is gone (a GPU off the bus, a context that only reports errors): no further try can succeed."""

@@ -167,6 +167,23 @@ class FrameBuffer:
         with self._lock:
             self._states[index].add(vector, stamp, now)
 
+    @property
+    def arrivals(self) -> int:
+        """Observations that arrived so far: images of the camera that delivered the fewest, of those that
+        may not be missing. Never decreases."""
+        with self._lock:
+            needed = [
+                ring.count
+                for feature, ring in self._images.items()
+                if feature not in self._contract.allow_missing_cameras
+            ]
+            return min(needed or [ring.count for ring in self._images.values()])
+
+    def states(self) -> list[npt.NDArray[np.float32] | None]:
+        """The newest state of each source in policy units, None before the first."""
+        with self._lock:
+            return [ring.samples[-1].value if ring.samples else None for ring in self._states]
+
     def clear(self) -> None:
         """Forget every sample, as after a jump of the clock."""
         with self._lock:

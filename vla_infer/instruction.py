@@ -64,3 +64,11 @@ def _clean_char(char: str, position: int) -> str:
 def neutralize_markers(task: str) -> str:
     """An instruction for π0.5's "Task: …, State: …;\\nAction: " prompt, unable to forge a field of it."""
     return _MARKER.sub(lambda match: match[1] + " ", task.strip().replace("_", " "))
+
+
+def check_allowed(task: str, allowed: tuple[str, ...]) -> None:
+    """Raise ObservationError for a cleaned instruction that is not among `allowed`; empty allows any."""
+    if allowed and task not in allowed:
+        raise ObservationError(
+            f"instruction {show(task)} is not one of the {len(allowed)} that the contract allows"
+        )

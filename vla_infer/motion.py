@@ -5,8 +5,9 @@ The node calls `take` for each chunk and `tick` at control rate, from one thread
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +46,10 @@ class Motion:
     """The only way from a chunk to the wire."""
 
     def __init__(self, contract: Contract, period: float) -> None:
+        self.contract = contract
+        self.period = period
         self._limits = limit_arrays(contract, period)
         self._position = self._limits.position
-        self._period = period
         self.scheduler = Scheduler(zero_on_hold=~self._position, options=contract.scheduler)
         self.guard = Guard(self._limits, contract.guard)
         self.failsafe = Failsafe(contract.failsafe)
@@ -65,18 +67,27 @@ class Motion:
         """Names of the joints that have no limit at all."""
         return self._limits.unlimited
 
-    def start(self, now: float, measured: FloatArray) -> None:
-        """An operator activates the node: forget what was, the robot stands at `measured` (A,), NaN where
-        that is not known and for velocities and efforts."""
+    def start(self, now: float) -> None:
+        """An operator activates the node: forget what was sent before."""
         self.scheduler.reset(now)
         self.failsafe.activate()
         self._warnings.clear()
-        problem = self.guard.start(measured)
-        if problem:
-            self.failsafe.latch(Flag.UNSAFE_START, problem)
         self._sent = None
         self._moving = False
         self._held_since, self._held_from = -np.inf, None
+        self.stand(np.full(self._limits.size, np.nan))
+
+    @property
+    def unsent(self) -> bool:
+        """Whether nothing was sent since the start, so that where the robot stands is the robot's to say."""
+        return self._sent is None
+
+    def stand(self, measured: FloatArray) -> None:
+        """Before anything is sent: the robot stands at `measured` (A,), NaN where that is not known and for
+        velocities and efforts. It is from there that the first motion is limited and ramped."""
+        problem = self.guard.start(measured)
+        if problem:
+            self.failsafe.latch(Flag.UNSAFE_START, problem)
 
     def take(self, chunk: Chunk, now: float) -> tuple[Verdict | None, str]:
         """A chunk arrives. The scheduler's verdict, None when the guard refused; and why, for a log."""
@@ -135,7 +146,7 @@ class Motion:
         if stood is None or elapsed >= ramp or elapsed < 0.0:
             return values
         # A tick's worth at the first tick: full weight is reached after the ramp, not one tick later.
-        part = min(1.0, (elapsed + self._period) / ramp)
+        part = min(1.0, (elapsed + self.period) / ramp)
         return stood * (1.0 - part) + values * part
 
     def _held_position(self) -> FloatArray | None:
@@ -150,7 +161,7 @@ class Motion:
         if self._held_from is None:
             return Outgoing(None, held=True, chunk=None, row=0, state=state)
         ramp = self._options.hold_ramp
-        left = 1.0 - (now - self._held_since + self._period) / ramp if ramp > 0.0 else 0.0
+        left = 1.0 - (now - self._held_since + self.period) / ramp if ramp > 0.0 else 0.0
         if state.flag is Flag.EMERGENCY_STOP or not 0.0 < left < 1.0:
             left = 0.0
         values = np.where(self._position, self._held_from, self._held_from * left)
@@ -179,12 +190,40 @@ class Motion:
         the latest. Within the same limits as everything that is sent.
         """
         ahead, rows = self.guard.fork(), [values]
-        for tick in range(1, max(1, int(TRAJECTORY_END / self._period + 1e-6))):
-            planned = self.scheduler.peek(now + tick * self._period)
+        for tick in range(1, max(1, int(TRAJECTORY_END / self.period + 1e-6))):
+            planned = self.scheduler.peek(now + tick * self.period)
             if planned is None:
                 break
-            checked = ahead.command(self._ramped(planned, now + tick * self._period))
+            checked = ahead.command(self._ramped(planned, now + tick * self.period))
             if checked.values is None or checked.outcome in (Response.REJECT, Response.TRIP):
                 break
             rows.append(checked.values)
-        return np.array(rows), np.arange(1, len(rows) + 1, dtype=np.float64) * self._period
+        return np.array(rows), np.arange(1, len(rows) + 1, dtype=np.float64) * self.period
+
+
+def measured_positions(contract: Contract, states: Sequence[npt.NDArray[np.float32] | None]) -> FloatArray:
+    """Where the robot stands, in ROS units: (A,) of the joints that a command moves and a state names.
+
+    states: the newest vector of each source in policy units, None before the first. NaN for velocities
+    and efforts, and for a joint that no source or more than one names. Where two arms have the same joint
+    names, the first command is that of the first source and so on.
+    """
+    found = []
+    for index, command in enumerate(contract.commands):
+        for joint in command.joints:
+            sources = [
+                number
+                for number, source in enumerate(contract.states)
+                if joint in source.joints and "position" in source.fields
+            ]
+            if len(sources) > 1 and len(contract.states) == len(contract.commands) and index in sources:
+                sources = [index]
+            value = math.nan
+            vector = states[sources[0]] if len(sources) == 1 else None
+            if vector is not None and command.interface == "position":
+                source = contract.states[sources[0]]
+                start = source.fields.index("position") * len(source.joints)
+                positions = source.units.to_ros(vector[start : start + len(source.joints)].astype(np.float64))
+                value = float(positions[source.joints.index(joint)])
+            found.append(value)
+    return np.array(found)

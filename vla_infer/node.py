@@ -24,23 +24,35 @@ from rclpy.signals import SignalHandlerOptions
 
 from .chunk import ActionLayout
 from .contract import load_contract
+from .delay import InferenceWatchdog
+from .errors import ObservationError
+from .failsafe import Level
 from .frame import FrameBuffer
 from .heap import keep_heap
+from .motion import Motion
 from .node_control import Control, Observing
 from .node_diagnostics import Running, array, describe_running, describe_state
-from .node_inference import InferenceWorker
+from .node_inference import InferenceWorker, Inferring
 from .node_inputs import Inputs, InstructionSlot
 from .node_parameters import NodeParameters, Settings
+from .node_safety import EmergencyStop, RunSwitch
 from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
 
 # How long cleanup waits for an inference that is under way; the thread ends by itself after that.
 _JOIN = 0.2
+#: Of a process that the failsafe gave up: the device is lost or an inference hangs. It is to be started anew.
+EXIT_STATUS = 3
 
 
 def _load_policy(path: str, **options: Any) -> Any:
     from .policy import load_policy  # the engine is needed at configuration, not to import this module
 
     return load_policy(path, **options)
+
+
+def _set_instruction(slot: InstructionSlot, text: str) -> None:
+    if not slot.put(text):
+        raise ObservationError("the instruction is empty; the one in force stays, and ~/run stops")
 
 
 Transition = Callable[["VlaNode", LifecycleState], TransitionCallbackReturn]
@@ -80,6 +92,9 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._problem = ""
         self._label = "unconfigured"
         self.thread_left = False  # an inference or a load outlasted its stop
+        self.exit_status = 0
+        self._emergency = EmergencyStop(self, self._reporter)
+        self._run_switch = RunSwitch(self, self._reporter, self._active_slot)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._diagnostics_timer = self.create_timer(
             1.0,
@@ -135,22 +150,18 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             undo.callback(policy.close)
             info = policy.info
             contract.check_policy(info)
-            slot = InstructionSlot(contract.instruction.default)
+            slot = InstructionSlot(contract.instruction.default, allowed=contract.instruction.allowed)
             slot.put(settings.instruction)
             buffer, layout = FrameBuffer(contract), ActionLayout(contract)
             clock, reporter = self._clock_pair, self._reporter
-            worker = InferenceWorker(policy, buffer, layout, slot, clock=clock, reporter=reporter)
+            motion = Motion(contract, 1.0 / (settings.control_rate or contract.control_rate))
+            watchdog = InferenceWatchdog(contract.failsafe.inference_timeout)
+            source = Inferring(buffer, layout, slot, motion.scheduler, watchdog)
+            worker = InferenceWorker(policy, source, reporter=reporter)
             undo.pop_all()  # the policy is the worker's from here on
             undo.callback(worker.stop, _JOIN)
-            control = Control(
-                self,
-                layout,
-                Observing(buffer, worker, slot),
-                rate=settings.control_rate or contract.control_rate,
-                dry_run=settings.dry_run,
-                clock=clock,
-                reporter=reporter,
-            )
+            observing = Observing(buffer, worker, slot, self._emergency, self._stop)
+            control = Control(self, layout, motion, observing, dry_run=settings.dry_run, reporter=reporter)
             undo.callback(control.destroy)
             inputs = Inputs(self, contract, buffer, slot, clock=clock, reporter=reporter, arrived=worker.wake)
             undo.pop_all()
@@ -162,12 +173,38 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             self.get_logger().warning(
                 f"dry run: commands go to {', '.join(control.topics)}; start with dry_run:=false to arm"
             )
+        if motion.unlimited:
+            self.get_logger().warning(
+                f"{contract.path}: no limit at all for {', '.join(motion.unlimited)}; give limits or a urdf"
+            )
+        self._table.live["instruction"] = functools.partial(_set_instruction, slot)
         return Running(settings, contract, info, slot, buffer, worker, inputs, control)
+
+    def _active_slot(self) -> InstructionSlot | None:
+        return self._running.slot if self._running is not None and self._label == "active" else None
+
+    def _stop(self, level: Level, reason: str) -> None:
+        """The failsafe wants the node to deactivate or to exit. Not from within the control timer, which is
+        destroyed on the way."""
+        self._problem = f"{level.name}: {reason}"
+        if level >= Level.EXIT:
+            self.exit_status = EXIT_STATUS
+            self.stop_requested.set()
+        elif self.executor is not None:
+            self.executor.create_task(self._deactivate)
+
+    def _deactivate(self) -> None:
+        if self._label == "active":
+            self.trigger_deactivate()
 
     @_logged
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         if self._running is None:
             return self._fail("nothing is configured")
+        if self._emergency.latched:
+            return self._fail(f"not activated: {self._emergency.reason}")
+        self._problem = ""
+        self._running.slot.running = True
         super().on_activate(state)
         self._label = "active"
         self._running.control.start()
@@ -212,6 +249,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             return
         self._halt()
         running, self._running = self._running, None
+        self._table.live.clear()
         running.inputs.destroy()
         running.control.destroy()
         if not running.worker.stop(_JOIN):
@@ -238,10 +276,9 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
     def _on_jump(self, jump: Any) -> None:
         if self._running is not None:
             self._running.buffer.clear()
-            self._running.control.restart()
-            self.get_logger().warning(
-                f"the clock was set by {jump.delta.nanoseconds * 1e-9:.3f} s: starting anew"
-            )
+            reason = f"the clock was set by {jump.delta.nanoseconds * 1e-9:.3f} s: starting anew"
+            self._running.control.jump(reason)
+            self.get_logger().warning(reason)
 
     def _publish_diagnostics(self) -> None:
         running = self._running
@@ -265,7 +302,10 @@ def run(node: VlaNode, executor: Any) -> None:
 
 
 def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any] = _load_policy) -> int:
-    """Run the node until SIGINT, SIGTERM or a shutdown transition. Exit status 0, or 1 if it cannot start."""
+    """Run the node until SIGINT, SIGTERM or a shutdown transition.
+
+    Exit status 0; 1 if it cannot start; EXIT_STATUS when the failsafe gave the process up.
+    """
     keep_heap()  # half of what receiving an image costs
     stop = threading.Event()
     # rclpy's own handlers would take the context away before the last hold is published.
@@ -290,8 +330,8 @@ def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any]
         # A thread inside the engine cannot be ended, and the interpreter must not go away under it.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
-    return 0
+        os._exit(node.exit_status)
+    return node.exit_status
 
 
 if __name__ == "__main__":

@@ -82,13 +82,18 @@ def _observations(running: Running, counts: dict[str, int], clock: NodeClock) ->
 
 
 def _inference(running: Running, counts: dict[str, int]) -> DiagnosticStatus:
-    worker, verdicts = running.worker, running.control.scheduler.verdicts
+    worker, motion = running.worker, running.control.motion
+    verdicts = motion.scheduler.verdicts
     values: dict[str, object] = {
         "inferences": counts.get("inferences", 0),
         "inferences_failed": counts.get("inferences_failed", 0),
     }
     for verdict in Verdict:
         values[f"chunks_{verdict.name.lower()}"] = verdicts[verdict]
+    for name, count in motion.guard.counts.items():
+        if name.startswith("chunk_"):
+            values[f"chunks_{name.removeprefix('chunk_')}"] = count
+    values["delay estimate ms"] = f"{motion.scheduler.delay.seconds * 1e3:.1f}"
     for stage, window in worker.stages.items():
         values |= _milliseconds(stage, window)
     if worker.last_error:
@@ -103,6 +108,7 @@ def _control(running: Running, counts: dict[str, int]) -> DiagnosticStatus:
     ticks = control.ticks
     values: dict[str, object] = {
         "control_rate": f"{1.0 / control.period:g}",
+        "failsafe": control.level.name,
         "commands_played": counts.get("commands_played", 0),
         "commands_held": counts.get("commands_held", 0),
         "ticks": ticks.ticks,
@@ -110,6 +116,11 @@ def _control(running: Running, counts: dict[str, int]) -> DiagnosticStatus:
         "ticks_missed": ticks.missed,
         "internal_errors": counts.get("internal_errors", 0),
     }
+    guard = control.motion.guard
+    values |= {
+        f"guard_{name}": count for name, count in guard.counts.items() if not name.startswith("chunk_")
+    }
+    values["unlimited_joints"] = ", ".join(control.motion.unlimited) or "none"
     values |= _milliseconds("tick lateness", ticks.lateness)
     values |= _milliseconds("tick duration", control.tick_time)
     values |= _milliseconds("observation age at publication", control.age)

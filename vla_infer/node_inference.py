@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from .chunk import ActionLayout, Chunk
-from .errors import ObservationError
-from .frame import FrameBuffer
+from .delay import InferenceWatchdog
+from .errors import DeviceLostError, ObservationError
+from .frame import Frame, FrameBuffer
 from .node_inputs import InstructionSlot
-from .node_support import NodeClock, Reporter, describe
+from .node_support import Reporter, describe
+from .rtc import Rtc
+from .scheduler import Scheduler
 from .stats import Window
 
 _RETRY = 0.5  # s to wait after the policy has raised, so that a broken one does not take the processor
 
 
-class InferenceWorker:
-    """Owns the policy from start to close. Only `enable`d does it infer; chunks wait in `chunks`."""
+@dataclass(frozen=True)
+class Inferring:
+    """What an inference is made from, and who says when it is wanted."""
 
-    def __init__(
-        self,
-        policy: Any,
-        buffer: FrameBuffer,
-        layout: ActionLayout,
-        slot: InstructionSlot,
-        *,
-        clock: NodeClock,
-        reporter: Reporter,
-    ) -> None:
+    buffer: FrameBuffer
+    layout: ActionLayout
+    slot: InstructionSlot
+    scheduler: Scheduler
+    watchdog: InferenceWatchdog
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an inference ended: its chunk, or why there is none. lost: no further try can succeed."""
+
+    chunk: Chunk | None
+    problem: str = ""
+    lost: bool = False
+
+
+class InferenceWorker:
+    """Owns the policy from start to close. Only `enable`d does it infer; what came of it waits in `outcomes`."""
+
+    def __init__(self, policy: Any, source: Inferring, *, reporter: Reporter) -> None:
         self._policy = policy
-        self._buffer = buffer
-        self._layout = layout
-        self._slot = slot
-        self._clock = clock
+        self._source = source
+        self._clock = reporter.clock
         self._reporter = reporter
         self._wake = threading.Event()
         self._stopped = threading.Event()
         self._enabled = False
         # The control tick takes from the left; a few suffice, for it takes all at every tick.
-        self.chunks: deque[Chunk] = deque(maxlen=8)
+        self.outcomes: deque[Outcome] = deque(maxlen=8)
         self.stages = {name: Window() for name in ("decode", "predict", "observation to chunk")}
         self.last_error = ""
+        self._began: float | None = None  # s, steady clock: since when the policy has been busy
         self._thread = threading.Thread(target=self._run, name="vla_inference", daemon=True)
         self._thread.start()
 
@@ -53,7 +66,7 @@ class InferenceWorker:
     def disable(self) -> None:
         """Start no further inference. One that is running goes on; its chunk is refused by its age."""
         self._enabled = False
-        self.chunks.clear()
+        self.outcomes.clear()
 
     def wake(self) -> None:
         self._wake.set()
@@ -69,6 +82,13 @@ class InferenceWorker:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def hangs(self) -> str:
+        """Why the inference under way counts as hanging; empty while it does not."""
+        began, limit = self._began, self._source.watchdog.limit
+        if began is None or self._clock.steady() - began <= limit:
+            return ""
+        return f"an inference has not returned for {limit:.1f} s"
+
     def _run(self) -> None:
         while not self._stopped.is_set():
             self._wake.wait(0.5)
@@ -82,41 +102,60 @@ class InferenceWorker:
 
     def _infer(self) -> bool:
         """One inference; False when there was nothing to infer."""
-        counts = self._reporter.counts
-        instruction = self._slot.text
-        if not instruction:
+        source = self._source
+        instruction, generation = source.slot.current
+        now = self._clock.now()
+        if not instruction or not source.slot.running or not source.scheduler.wants(now.steady):
             return False
-        began = time.monotonic()
+        began = self._clock.steady()
         try:
-            frame = self._buffer.take(self._clock.now())
+            frame = source.buffer.take(now)
         except ObservationError as error:
             self._refused(error)
             return True
         if frame is None:
             return False
-        decoded = time.monotonic()
+        self.stages["decode"].add(self._clock.steady() - began)
+        source.scheduler.started(now.steady)
         try:
-            actions = self._policy.predict(frame.images, frame.state, instruction)
-            chunk = self._layout.chunk(actions, frame)
+            chunk = self._predict(frame, instruction, generation)
         except ObservationError as error:
             self._refused(error)
             return True
         except Exception as error:
-            counts.add("inferences_failed")
-            self.last_error = describe(error)
-            self._reporter.error(
-                "inference", f"inference failed: {self.last_error}; holding at the chunk's end"
-            )
-            self._stopped.wait(_RETRY)
+            self._failed(error)
             return True
         self.last_error = ""
-        self.stages["decode"].add(decoded - began)
-        self.stages["predict"].add(time.monotonic() - decoded)
-        self.stages["observation to chunk"].add(self._clock.now().steady - frame.observed_at)
-        counts.add("inferences")
+        delay = self._clock.now().steady - frame.observed_at
+        self.stages["observation to chunk"].add(delay)
+        source.scheduler.delay.add(delay)
+        self._reporter.counts.add("inferences")
         if self._enabled:
-            self.chunks.append(chunk)
+            self.outcomes.append(Outcome(chunk))
         return True
+
+    def _predict(self, frame: Frame, instruction: str, generation: int) -> Chunk:
+        guidance = self._source.scheduler.guidance(frame.observed_at)
+        options: dict[str, Any] = {}
+        if guidance is not None:
+            options["rtc"] = Rtc(guidance.previous, guidance.delay, max(1, guidance.horizon))
+        began = self._began = self._clock.steady()
+        try:
+            actions = self._policy.predict(frame.images, frame.state, instruction, **options)
+        finally:
+            self._began = None
+        seconds = self._clock.steady() - began
+        self._source.watchdog.add(seconds)
+        self.stages["predict"].add(seconds)
+        return self._source.layout.chunk(actions, frame, generation=generation)
+
+    def _failed(self, error: Exception) -> None:
+        self._reporter.counts.add("inferences_failed")
+        self.last_error = describe(error)
+        self._reporter.error("inference", f"inference failed: {self.last_error}; holding")
+        if self._enabled:
+            self.outcomes.append(Outcome(None, self.last_error, lost=isinstance(error, DeviceLostError)))
+        self._stopped.wait(_RETRY)
 
     def _refused(self, error: ObservationError) -> None:
         self._reporter.counts.add("frames_rejected")

@@ -13,7 +13,7 @@ from .codecs_image import check_compressed, check_image
 from .contract import Camera, Contract, StateSource
 from .errors import ObservationError
 from .frame import FrameBuffer
-from .instruction import clean_instruction
+from .instruction import check_allowed, clean_instruction
 from .node_support import NodeClock, Reporter
 from .stats import Window
 
@@ -30,17 +30,31 @@ def input_qos(*, reliable: bool, depth: int) -> QoSProfile:
 
 
 class InstructionSlot:
-    """The instruction in force: the last valid message, else the default; empty for none."""
+    """The instruction in force: the last valid one, by topic or parameter, else the default; empty for none.
 
-    def __init__(self, default: str) -> None:
-        self.text = default
+    `current` is replaced whole, so that any thread may read it: the text and its generation, which grows
+    with every change.
+    """
+
+    def __init__(self, default: str, *, allowed: tuple[str, ...] = ()) -> None:
+        self.current = (default, 0)
+        self.running = True  # the run switch; False holds whatever the instruction says
+        self._allowed = allowed
+
+    @property
+    def text(self) -> str:
+        return self.current[0]
 
     def put(self, text: str) -> bool:
-        """Take an instruction; False for one that is empty. Raises ObservationError for what is no text."""
+        """Take an instruction; False for one that is empty. Raises ObservationError for what is no text
+        or is not allowed."""
         cleaned = clean_instruction(text).strip()
-        if cleaned:
-            self.text = cleaned
-        return bool(cleaned)
+        if not cleaned:
+            return False
+        check_allowed(cleaned, self._allowed)
+        if cleaned != self.current[0]:
+            self.current = (cleaned, self.current[1] + 1)
+        return True
 
 
 class Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from rcl_interfaces.msg import (
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 
 from .contract_parse import nearest, one_line
-from .errors import ContractError
+from .errors import ContractError, VlaInferError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ PARAMETERS = (
     ),
     Parameter("threads", 0, "CPU threads of the engine; 0: its own choice", low=0, high=1024),
     Parameter("control_rate", 0.0, "Rate of the commands in Hz; 0: the contract's", low=0.0, high=1000.0),
-    Parameter("instruction", "", "Instruction until one arrives; empty: the contract's default"),
+    Parameter("instruction", "", "Instruction; empty: the contract's default. Changeable at any time"),
     Parameter(
         "dry_run", default=True, description="Publish on <topic>_dry, so that nothing moves; false arms"
     ),
@@ -72,6 +73,8 @@ class NodeParameters:
         self._node = node
         self._problems: dict[str, str] = {}
         self.changeable = True  # only before configuration: nothing reads a value later
+        # But for these, which take a new value at any time and raise VlaInferError for one that is wrong.
+        self.live: dict[str, Callable[[Any], None]] = {}
         for row in PARAMETERS:
             self._declare(row)
         known = [row.name for row in PARAMETERS] + list(_RCLPY_OWN)
@@ -110,7 +113,12 @@ class NodeParameters:
     def _on_set(self, parameters: list[Any]) -> SetParametersResult:
         names = {row.name for row in PARAMETERS}
         for parameter in parameters:
-            if parameter.name in names and not self.changeable:
+            if parameter.name in self.live:
+                try:
+                    self.live[parameter.name](parameter.value)
+                except VlaInferError as error:
+                    return SetParametersResult(successful=False, reason=str(error))
+            elif parameter.name in names and not self.changeable:
                 return SetParametersResult(
                     successful=False,
                     reason=f"'{parameter.name}' is read at configuration; clean the node up before setting it",

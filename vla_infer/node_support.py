@@ -42,7 +42,7 @@ class Reporter:
 
     def __init__(self, logger: Any, clock: NodeClock) -> None:
         self._logger = logger
-        self._clock = clock
+        self.clock = clock
         self._spacing = Spacing()
         self.counts = Counts()
 
@@ -51,17 +51,17 @@ class Reporter:
 
     def note(self, kind: str, text: str) -> None:
         """A line of information that may come often."""
-        held = self._spacing.pass_on(kind, self._clock.steady())
+        held = self._spacing.pass_on(kind, self.clock.steady())
         if held is not None:
             self._logger.info(text + (f" ({held} more of these)" if held else ""))
 
     def warn(self, kind: str, text: str) -> None:
-        held = self._spacing.pass_on(kind, self._clock.steady())
+        held = self._spacing.pass_on(kind, self.clock.steady())
         if held is not None:
             self._logger.warning(text + (f" ({held} more of these)" if held else ""))
 
     def error(self, kind: str, text: str) -> None:
-        held = self._spacing.pass_on(kind, self._clock.steady())
+        held = self._spacing.pass_on(kind, self.clock.steady())
         if held is not None:
             self._logger.error(text + (f" ({held} more of these)" if held else ""))
 
