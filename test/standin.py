@@ -6,11 +6,14 @@ The policy parameter names the behaviour: `python standin.py --ros-args -p polic
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from vla_infer.errors import DeviceLostError
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 
@@ -19,13 +22,15 @@ class StandIn:
     """Answers an observation with its own joint angles, row i being i degrees further.
 
     behaviour: `plain`; `slow` takes 3 s with the GIL released; `nan` spoils one number in the last row;
-    `raises` fails every time; `narrow` has actions of the wrong size.
+    `raises` fails every time; `narrow` has actions of the wrong size; `lost` reports a lost device; `hangs`
+    returns once `released` is set. It may be changed between two calls.
     """
 
     def __init__(self, behaviour: str, *, action_dim: int = 6, horizon: int = 30) -> None:
         self.behaviour = behaviour
         self.calls: list[tuple[dict[str, np.ndarray], np.ndarray, str]] = []
         self.closed = False
+        self.released = threading.Event()
         self.info = SimpleNamespace(
             family="standin",
             cameras=CAMERAS,
@@ -41,6 +46,10 @@ class StandIn:
             time.sleep(3.0)
         if self.behaviour == "raises":
             raise RuntimeError("the engine\nis on fire")
+        if self.behaviour == "lost":
+            raise DeviceLostError("cuda:0: the GPU has fallen off the bus; see dmesg")
+        if self.behaviour == "hangs":
+            self.released.wait()
         width = self.info.action_dim + (self.behaviour == "narrow")
         actions = np.zeros((self.info.horizon, width), dtype=np.float32)
         actions[:, : len(state)] = state + np.arange(self.info.horizon, dtype=np.float32)[:, None]
