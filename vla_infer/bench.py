@@ -139,7 +139,7 @@ def percentiles(times: npt.NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def bench(ckpt: Checkpoint, setup: Setup, *, runs: int, warmup: int, torch_baseline: bool) -> dict[str, Any]:
+def bench(ckpt: Checkpoint, setup: Setup, *, runs: int, warmup: int, baseline: str | None) -> dict[str, Any]:
     """Measure one setup; a JSON-ready report."""
     tape, draw = make_tape(ckpt, setup)
     start = time.perf_counter()
@@ -175,12 +175,13 @@ def bench(ckpt: Checkpoint, setup: Setup, *, runs: int, warmup: int, torch_basel
     report["engine_ms"] = percentiles(measure(lambda _: program.run(), runs=runs, warmup=1))
     report["stages"] = _stages(tape, program, PRECISIONS[setup.precision])
     report["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
-    if torch_baseline:
+    if baseline:
         from vla_infer.bench_torch import baselines
 
+        calls = baselines(tape, read, setup, sets, compiled=baseline == "torch-compile")
         report["torch"] = {
             name: percentiles(measure(call, runs=max(3, runs // 10), warmup=2))
-            for name, call in baselines(tape, read, setup, sets).items()
+            for name, call in calls.items()
         }
     return report
 
@@ -270,7 +271,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads of the CPU engine")
     parser.add_argument("--runs", type=int, default=200, help="calls that count (200)")
     parser.add_argument("--warmup", type=int, default=10, help="calls before them (10)")
-    parser.add_argument("--baseline", choices=["torch"], help="run the same tape through PyTorch too")
+    parser.add_argument(
+        "--baseline", choices=["torch", "torch-compile"], help="run the same tape through PyTorch too"
+    )
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
 
@@ -289,8 +292,7 @@ def main(args: argparse.Namespace) -> int:
                 setup = Setup(
                     args.device, args.precision, args.prompt, cameras, horizon, args.steps, args.threads
                 )
-                torch_baseline = args.baseline == "torch"
-                report = bench(ckpt, setup, runs=args.runs, warmup=args.warmup, torch_baseline=torch_baseline)
+                report = bench(ckpt, setup, runs=args.runs, warmup=args.warmup, baseline=args.baseline)
                 reports.append(report)
                 print(markdown(report), "\n", flush=True)
     document = {

@@ -36,12 +36,14 @@ def to_torch(values: npt.NDArray[np.generic]) -> Torch:
 
 
 class ReferenceExecutor:
-    """Runs one tape. `read` gives a checkpoint tensor by name; precision: "fp32", "fp64" or "bf16"."""
+    """Runs one tape. `read` gives a checkpoint tensor by name; precision: "fp32", "fp64" or "bf16"; device: as
+    torch names it."""
 
-    def __init__(self, tape: Tape, read: ReadWeight, precision: str = "fp32") -> None:
+    def __init__(self, tape: Tape, read: ReadWeight, precision: str = "fp32", *, device: str = "cpu") -> None:
         if precision not in DTYPES:
             raise EngineError(f"reference: precision: expected one of {', '.join(DTYPES)}, got {precision!r}")
         self.tape = tape
+        self.device = device
         self.act = DTYPES[precision]
         # Numbers that the engine keeps in float32 stay so in bfloat16, as PyTorch's autocast would have them.
         self.full = torch.float64 if precision == "fp64" else torch.float32
@@ -51,7 +53,7 @@ class ReferenceExecutor:
             for w in op.weights:
                 if w.name not in self.weights:
                     values = to_torch(read(w.name))
-                    self.weights[w.name] = values.reshape(values.shape[0], -1).to(self.act)
+                    self.weights[w.name] = values.reshape(values.shape[0], -1).to(device, self.act)
         for buffer in tape.buffers:
             if buffer.kind == "param":
                 values = to_torch(read(buffer.name)).reshape(buffer.rows, buffer.cols)
@@ -60,7 +62,7 @@ class ReferenceExecutor:
                 values = to_torch(buffer.values)
             else:
                 continue
-            self.memory[buffer.id] = values.to(self._dtype(buffer.dtype))
+            self.memory[buffer.id] = values.to(device, self._dtype(buffer.dtype))
         with torch.no_grad():
             for op in tape.ops:
                 if op.at_load:
@@ -82,7 +84,7 @@ class ReferenceExecutor:
             return
         old = self.memory.get(buffer.id)
         if old is None:
-            old = torch.zeros(buffer.rows, buffer.cols, dtype=value.dtype)
+            old = torch.zeros(buffer.rows, buffer.cols, dtype=value.dtype, device=self.device)
         new = old.clone()
         new[t.row : t.row + t.rows, t.col : t.col + t.cols] = value
         self.memory[buffer.id] = new
@@ -91,14 +93,16 @@ class ReferenceExecutor:
         """Fill the inputs, run everything, return the outputs as float32 (float64) arrays."""
         with torch.no_grad():
             outputs = self.forward({name: to_torch(np.asarray(v)) for name, v in inputs.items()})
-        return {name: t.to(self.full).numpy().copy() for name, t in outputs.items()}
+        return {name: t.to("cpu", self.full).numpy().copy() for name, t in outputs.items()}
 
     def forward(self, inputs: Mapping[str, Torch]) -> dict[str, Torch]:
         """As `run`, on tensors, with gradients where torch has them enabled."""
         for name, t in self.tape.inputs.items():
             if name not in inputs:
                 raise EngineError(f"reference: input {name!r} is missing")
-            self.memory[t.buffer.id] = inputs[name].reshape(t.rows, t.cols).to(self._dtype(t.dtype))
+            self.memory[t.buffer.id] = (
+                inputs[name].reshape(t.rows, t.cols).to(self.device, self._dtype(t.dtype))
+            )
         body = [op for op in self.tape.ops if not op.at_load]
         first = next((i for i, op in enumerate(body) if op.loop), len(body))
         last = len(body) - next((i for i, op in enumerate(reversed(body)) if op.loop), len(body))
@@ -206,7 +210,7 @@ class ReferenceExecutor:
         pictures = []
         for pixels, row in zip(o["frames"], o["geometry"].tolist(), strict=True):
             h, wide, stride, new_h, new_w, top, left, present = row
-            picture = torch.full((3, height, width), -1.0, dtype=self.full)
+            picture = torch.full((3, height, width), -1.0, dtype=self.full, device=self.device)
             if present:
                 x = pixels[: h * stride].reshape(h, stride)[:, : 3 * wide].reshape(h, wide, 3)
                 x = x.permute(2, 0, 1).to(self.full) / 255
