@@ -6,9 +6,12 @@ imported first.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 _SOURCE = Path(__file__).resolve().parents[1]
 _installed = [
@@ -20,6 +23,11 @@ _installed = [
 if _installed:
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _SOURCE]
 
-# A ROS domain of their own on this machine, for tests of two checkouts may run at the same time.
 os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
+_domains = itertools.count(os.getpid())
+
+
+@pytest.fixture(autouse=True)
+def ros_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ROS domain for each test: nodes of the last one, or of another checkout's run, are not heard."""
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(1 + next(_domains) % 100))

@@ -38,7 +38,7 @@ class Program:
         command = [sys.executable, *start, "--ros-args"]
         for name, value in parameters.items():
             command += ["-p", f"{name}:={value}"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
