@@ -16,6 +16,7 @@ VERBS = {
     "doctor": "check this machine, a policy, a contract and its topics; says what to do",
     "verify": "compare the engine with a policy's golden values, stage by stage",
     "bench": "time inference on this machine",
+    "replay": "run a recording through a policy: how late, how right, and whether it got worse",
 }
 
 

@@ -29,3 +29,7 @@ class EngineError(VlaInferError):
 
 class DeviceLostError(EngineError):
     """The device is gone (a GPU off the bus, a context that only reports errors): no further try can succeed."""
+
+
+class ReplayError(VlaInferError):
+    """A recording that cannot be replayed, or a report that cannot be read or compared."""

@@ -1,0 +1,116 @@
+"""What a run costs: processor time, memory, page faults and, through NVML, the GPU's load and energy."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def process_figures(pid: int) -> tuple[float, int, int]:
+    """Processor time (s), resident memory (bytes) and minor page faults of a process so far (Linux)."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    fields = stat[stat.rindex(")") + 2 :].split()  # from field 3 on, see proc(5)
+    return (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * _PAGE, int(fields[7])
+
+
+class _Nvml:
+    """One GPU by NVML; absent where the module, the library or the device is."""
+
+    def __init__(self) -> None:
+        self.device: Any = None
+        with suppress(Exception):
+            import pynvml  # type: ignore[import-not-found,unused-ignore]
+
+            pynvml.nvmlInit()
+            self.device = pynvml.nvmlDeviceGetHandleByIndex(0)
+            self._nvml = pynvml
+
+    def read(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if self.device is None:
+            return found
+        with suppress(Exception):
+            found["utilisation"] = float(self._nvml.nvmlDeviceGetUtilizationRates(self.device).gpu)
+        with suppress(Exception):
+            found["memory"] = float(self._nvml.nvmlDeviceGetMemoryInfo(self.device).used)
+        with suppress(Exception):
+            found["power"] = self._nvml.nvmlDeviceGetPowerUsage(self.device) * 1e-3
+        with suppress(Exception):
+            found["energy"] = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self.device) * 1e-3
+        return found
+
+    @property
+    def name(self) -> str | None:
+        if self.device is None:
+            return None
+        with suppress(Exception):
+            name = self._nvml.nvmlDeviceGetName(self.device)
+            return name.decode() if isinstance(name, bytes) else str(name)
+        return None
+
+
+def gpu_name() -> str | None:
+    """The name of the first GPU, None where NVML has none."""
+    return _Nvml().name
+
+
+class Sampler:
+    """Samples one process and the GPU ten times a second between `start` and `stop`."""
+
+    def __init__(self, pid: int, *, interval: float = 0.1) -> None:
+        self._pid = pid
+        self._interval = interval
+        self._nvml = _Nvml()
+        self._stop = threading.Event()
+        self._rows: list[tuple[float, float, int, int, dict[str, float]]] = []
+        self._thread = threading.Thread(target=self._run, name="resources", daemon=True)
+
+    def start(self) -> None:
+        self._sample()
+        self._thread.start()
+
+    def _sample(self) -> None:
+        with suppress(OSError, ValueError):
+            self._rows.append((time.monotonic(), *process_figures(self._pid), self._nvml.read()))
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._sample()
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._stop.set()
+            self._thread.join()
+            self._sample()
+
+    def figures(self, *, inferences: int, commands: int) -> dict[str, float | None]:
+        """Means and maxima over the run; the growth figures are of its second half, the steady state."""
+        rows = self._rows
+        if len(rows) < 2:
+            return {}
+        span = rows[-1][0] - rows[0][0]
+        half = rows[len(rows) // 2]
+        late = max(1.0, inferences / 2)
+        result: dict[str, float | None] = {
+            "cpu_percent": round(100.0 * (rows[-1][1] - rows[0][1]) / span, 2) if span > 0 else None,
+            "cpu_s_per_inference": round((rows[-1][1] - rows[0][1]) / max(1, inferences), 6),
+            "memory_mb_max": round(max(row[2] for row in rows) / 1e6, 2),
+            "memory_growth_mb": round((rows[-1][2] - half[2]) / 1e6, 3),
+            "page_faults_per_inference": round((rows[-1][3] - half[3]) / late, 2),
+        }
+        for name in ("utilisation", "memory", "power"):
+            values = [row[4][name] for row in rows if name in row[4]]
+            scale = 1e-6 if name == "memory" else 1.0
+            unit = {"utilisation": "percent", "memory": "mb", "power": "w"}[name]
+            result[f"gpu_{name}_{unit}"] = round(sum(values) / len(values) * scale, 3) if values else None
+        energy = [row[4]["energy"] for row in rows if "energy" in row[4]]
+        known = len(energy) > 1 and commands
+        result["gpu_energy_j_per_command"] = round((energy[-1] - energy[0]) / commands, 5) if known else None
+        return result
