@@ -35,14 +35,20 @@ class BuildEngine(build_ext):
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        self.cuda = "AUTO"
-        self.cuda_archs = ""
-        self.cmake_dir = None
+        self.cuda = self.cuda_archs = self.cmake_dir = None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # `develop` and editable installs make this command anew and forget what configuration files said.
+        given = self.distribution.get_option_dict("build_ext")
+        for name, default in (("cuda", "AUTO"), ("cuda_archs", ""), ("cmake_dir", self.build_temp)):
+            if getattr(self, name) is None:
+                setattr(self, name, given.get(name, ("", default))[1])
 
     def run(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         destination = ROOT / NAME if in_place else Path(self.build_lib).absolute() / NAME
-        build = Path(self.cmake_dir or self.build_temp).absolute() / f"cmake-{sys.implementation.cache_tag}"
+        build = Path(self.cmake_dir).absolute() / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         cmake = _program("cmake")
         configure = [

@@ -25,6 +25,7 @@ NODE_PARAMETERS = (
     ("use_sim_time", "false", bool, "take the time from /clock"),
     ("autostart", "true", bool, "configure and activate at start"),
     ("dry_run", "true", bool, "publish on <topic>_dry, so that nothing moves; false arms the robot"),
+    ("preflight", "false", bool, "refuse activation while the preflight has a FAIL"),
 )
 # Launched from share/vla_infer/launch or from a checkout, config/ is beside launch/.
 PROFILE = Path(__file__).resolve().parent.parent / "config" / "fastdds.xml"
@@ -40,6 +41,9 @@ def generate_launch_description() -> LaunchDescription:
     arguments += [
         DeclareLaunchArgument(
             "namespace", default_value="", description="namespace of the node and its topics"
+        ),
+        DeclareLaunchArgument(
+            "respawn", default_value="true", description="start the node again 2 s after it has ended"
         ),
         DeclareLaunchArgument(
             "log_level", default_value="info", description="debug, info, warn, error or fatal"
@@ -69,6 +73,9 @@ def generate_launch_description() -> LaunchDescription:
             "FASTDDS_DEFAULT_PROFILES_FILE": LaunchConfiguration("fastdds_profile"),
         },
         output="screen",
+        # After a lost device or an inference that hangs the process ends, to start anew with a fresh context.
+        respawn=LaunchConfiguration("respawn"),
+        respawn_delay=2.0,
     )
     dry_run = LaunchConfiguration("dry_run")
     return LaunchDescription(

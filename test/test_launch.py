@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch" / "bringup.launch.py"
 ARGUMENTS = {
     "policy", "contract", "device", "precision", "control_rate", "namespace",
-    "use_sim_time", "autostart", "log_level", "dry_run",
+    "use_sim_time", "autostart", "log_level", "dry_run", "preflight", "respawn",
 }  # fmt: skip
 
 

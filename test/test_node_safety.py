@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from rcl_interfaces.srv import SetParameters  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from robot import patient_contract, until  # noqa: E402
+from robot import ROOT, patient_contract, until  # noqa: E402
 from std_msgs.msg import Bool  # noqa: E402
 from std_srvs.srv import SetBool, Trigger  # noqa: E402
 from test_node import DRY, Harness  # noqa: E402
@@ -199,3 +200,49 @@ def test_real_time_chunking_asks_the_policy_to_continue(make: Any) -> None:
     assert asked[0] is None
     assert asked[-1].previous.shape[1] == 6
     assert 0 <= asked[-1].inference_delay < len(asked[-1].previous) <= 30
+
+
+def preflight(harness: Harness) -> tuple[bool, str]:
+    answer = call(harness, Trigger, "/vla_node/preflight", Trigger.Request())
+    return answer.success, answer.message
+
+
+def test_preflight_says_what_is_there_and_what_is_not(make: Any) -> None:
+    harness = make()
+    assert preflight(harness) == (False, "the node is not configured; configure it first")
+    assert harness.do(harness.node.trigger_configure) == "SUCCESS"
+    harness.robot.feeding = {"top", "joints"}
+    until(lambda: preflight(harness)[1].count("PASS") >= 4, what="findings")
+    success, text = preflight(harness)
+    assert not success
+    lines = dict(line.split("  ", 1) for line in text.splitlines() if "FAIL" in line)
+    assert len(lines) == 1
+    assert "/wrist/image_raw: a publisher, but no message in 2 s" in lines["FAIL"]
+    assert "limits      given for all 6 numbers" in text
+    harness.robot.feed()
+    until(lambda: preflight(harness)[0], what="no FAIL")
+    assert "WARN" not in preflight(harness)[1]
+
+
+def test_preflight_sees_qos_that_does_not_fit(make: Any) -> None:
+    document = yaml.safe_load((ROOT / "config" / "so101.yaml").read_text())
+    cameras = document["cameras"]
+    cameras["observation.images.top"]["qos"] = "reliable"  # the robot's cameras are best effort
+    harness = make(cameras=cameras)
+    assert harness.do(harness.node.trigger_configure) == "SUCCESS"
+    harness.robot.feed()
+    until(lambda: "QoS of robot does not fit" in preflight(harness)[1], what="finding")
+    assert not preflight(harness)[0]
+    assert "QoS" not in "".join(line for line in preflight(harness)[1].splitlines() if "wrist" in line)
+
+
+def test_preflight_guards_activation_where_asked_to(make: Any, tmp_path: Any) -> None:
+    harness = make()
+    asked = [Parameter("preflight", value=True)]
+    assert harness.do(lambda: harness.node.set_parameters(asked))[0].successful
+    assert harness.do(harness.node.trigger_configure) == "SUCCESS"
+    assert harness.do(harness.node.trigger_activate) == "FAILURE"
+    assert "not activated: preflight: FAIL" in harness.lines[-1]
+    harness.robot.feed()
+    until(lambda: preflight(harness)[0], what="no FAIL")
+    assert harness.do(harness.node.trigger_activate) == "SUCCESS"

@@ -184,6 +184,18 @@ class FrameBuffer:
         with self._lock:
             return [ring.samples[-1].value if ring.samples else None for ring in self._states]
 
+    def recent(self, now: Now) -> list[tuple[list[float], list[float]]]:
+        """Of each topic, cameras before states: when its last samples arrived (s, steady) and their ages (s)."""
+        with self._lock:
+            rings = [*self._images.values(), *self._states]
+            return [
+                (
+                    [sample.received for sample in ring.samples],
+                    [(now.ros - sample.stamp) * 1e-9 for sample in ring.samples],
+                )
+                for ring in rings
+            ]
+
     def clear(self) -> None:
         """Forget every sample, as after a jump of the clock."""
         with self._lock:

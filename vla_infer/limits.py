@@ -58,6 +58,12 @@ class LimitArrays:
         free = (self.rate >= UNLIMITED * _MARGIN) & (self.high >= UNLIMITED)
         return tuple(name for name, is_free in zip(self.names, free, strict=True) if is_free)
 
+    @property
+    def loose(self) -> tuple[str, ...]:
+        """Names of the positions whose change nothing bounds, and of the velocities and efforts unbounded."""
+        free = np.where(self.position, self.rate >= UNLIMITED * _MARGIN, self.high >= UNLIMITED)
+        return tuple(name for name, is_free in zip(self.names, free, strict=True) if is_free)
+
 
 def limit_arrays(contract: Contract, period: float) -> LimitArrays:
     """The limits of `contract` for control ticks of `period` seconds."""

@@ -23,8 +23,9 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.signals import SignalHandlerOptions
 
 from .chunk import ActionLayout
-from .contract import load_contract
+from .contract import Contract, load_contract
 from .delay import InferenceWatchdog
+from .doctor import FAIL
 from .errors import ObservationError
 from .failsafe import Level
 from .frame import FrameBuffer
@@ -35,7 +36,7 @@ from .node_diagnostics import Running, array, describe_running, describe_state
 from .node_inference import InferenceWorker, Inferring
 from .node_inputs import Inputs, InstructionSlot
 from .node_parameters import NodeParameters, Settings
-from .node_safety import EmergencyStop, RunSwitch
+from .node_safety import EmergencyStop, Preflight, RunSwitch
 from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
 
 # How long cleanup waits for an inference that is under way; the thread ends by itself after that.
@@ -95,6 +96,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self.exit_status = 0
         self._emergency = EmergencyStop(self, self._reporter)
         self._run_switch = RunSwitch(self, self._reporter, self._active_slot)
+        self._preflight = Preflight(self, self._reporter, self._configured)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._diagnostics_timer = self.create_timer(
             1.0,
@@ -183,6 +185,9 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
     def _active_slot(self) -> InstructionSlot | None:
         return self._running.slot if self._running is not None and self._label == "active" else None
 
+    def _configured(self) -> tuple[Contract, FrameBuffer] | None:
+        return (self._running.contract, self._running.buffer) if self._running is not None else None
+
     def _stop(self, level: Level, reason: str) -> None:
         """The failsafe wants the node to deactivate or to exit. Not from within the control timer, which is
         destroyed on the way."""
@@ -203,6 +208,10 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             return self._fail("nothing is configured")
         if self._emergency.latched:
             return self._fail(f"not activated: {self._emergency.reason}")
+        if self._running.settings.preflight:
+            failed = [finding for finding in self._preflight.findings() if finding.level == FAIL]
+            if failed:
+                return self._fail(f"not activated: preflight: {' | '.join(map(str, failed))}")
         self._problem = ""
         self._running.slot.running = True
         super().on_activate(state)

@@ -45,6 +45,11 @@ PARAMETERS = (
     Parameter(
         "dry_run", default=True, description="Publish on <topic>_dry, so that nothing moves; false arms"
     ),
+    Parameter(
+        "preflight",
+        default=False,
+        description="Refuse activation while ~/preflight has a FAIL; drivers have to be up before",
+    ),
     Parameter("autostart", default=True, description="Configure and activate at start, with no manager"),
 )
 _RCLPY_OWN = ("use_sim_time", "start_type_description_service")
@@ -63,6 +68,7 @@ class Settings:
     control_rate: float
     instruction: str
     dry_run: bool
+    preflight: bool
     autostart: bool
 
 

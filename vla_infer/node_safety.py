@@ -9,8 +9,14 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool, Trigger
 
+from .contract import Contract
+from .doctor import FAIL, Finding
+from .frame import FrameBuffer
 from .node_inputs import InstructionSlot
 from .node_support import Reporter
+from .preflight import findings, sources
+
+_RECENT = 2.0  # s
 
 
 class EmergencyStop:
@@ -86,4 +92,40 @@ class RunSwitch:
             response.success = True
             response.message = f"running: '{slot.text}'" if slot.running else "stopped: holding"
             self._reporter.info(f"~/run: {response.message}")
+        return response
+
+
+class Preflight:
+    """The service `~/preflight` (std_srvs/Trigger): one line a finding, success when none is a FAIL.
+
+    `configured` gives contract and observations of a configured node, None otherwise.
+    """
+
+    def __init__(
+        self, node: Any, reporter: Reporter, configured: Callable[[], tuple[Contract, FrameBuffer] | None]
+    ) -> None:
+        self._node = node
+        self._reporter = reporter
+        self._configured = configured
+        node.create_service(Trigger, "~/preflight", self._on_request)
+
+    def findings(self) -> list[Finding]:
+        """Empty when nothing is configured."""
+        configured = self._configured()
+        if configured is None:
+            return []
+        contract, buffer = configured
+        now = self._reporter.clock.now()
+        heard = sources(contract)
+        for source, (arrivals, ages) in zip(heard, buffer.recent(now), strict=True):
+            # What came long ago says that nothing comes now.
+            fresh = [index for index, at in enumerate(arrivals) if now.steady - at < _RECENT]
+            source.arrivals = [arrivals[index] for index in fresh]
+            source.ages = [ages[index] for index in fresh]
+        return list(findings(self._node, contract, heard, seconds=_RECENT))
+
+    def _on_request(self, request: Any, response: Any) -> Any:
+        found = self.findings()
+        response.success = bool(found) and all(finding.level != FAIL for finding in found)
+        response.message = "\n".join(map(str, found)) or "the node is not configured; configure it first"
         return response

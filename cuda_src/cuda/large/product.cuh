@@ -127,6 +127,31 @@ __device__ __forceinline__ Ahead look_ahead(const Product& p, int row, int unit)
   return ahead;
 }
 
+// The same as store_row and store_parts where rows cannot be written by 16 bytes: eight numbers, two by two.
+// Rare, and kept out of the way of the others.
+struct Eight {
+  float v[8];
+};
+static __device__ __noinline__ void store_narrow(const Product& p, int row, int c, Eight e) {
+  if (row >= p.m) return;
+  const int q = threadIdx.x & 3;
+  const bf16* r = p.residual ? p.residual + residual_row(p, row) * p.ldr : nullptr;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const int col = c + 8 * (j >> 1) + 2 * q + (j & 1);
+    if (p.kind == ProductKind::kQkv) {
+      if (col >= p.end[2]) continue;
+      const int part = col < p.end[0] ? 0 : col < p.end[1] ? 1 : 2;
+      p.part[part][row * p.part_ld[part] + col - (part ? p.end[part - 1] : 0)] = __float2bfloat16(e.v[j]);
+    } else if (col < p.cols) {
+      store_from_float(p.out, row * p.ldo + col, e.v[j] + (r ? __bfloat162float(r[col]) : 0.0f), p.out_f32);
+    }
+  }
+}
+__device__ __forceinline__ Eight eight_of(const float* v) {
+  return {{v[0], v[1], v[4], v[5], v[8], v[9], v[12], v[13]}};
+}
+
 // Adds the residual to, and stores, 32 columns of one row: this thread has columns c + 8 i + 2 q + {0, 1} as
 // v[4 i + {0, 1}], and columns c + 8 q ... of the residual.
 __device__ __forceinline__ void store_row(const Product& p, int row, int c, const float* v,
@@ -154,16 +179,7 @@ __device__ __forceinline__ void store_row(const Product& p, int row, int c, cons
     }
     return;
   }
-  if (row >= p.m) return;
-  const bf16* r = p.residual ? p.residual + residual_row(p, row) * p.ldr : nullptr;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int col = c + 8 * (j >> 1) + 2 * q + (j & 1);
-    if (col < p.cols) {
-      store_from_float(p.out, row * p.ldo + col,
-                       v[4 * (j >> 1) + (j & 1)] + (r ? __bfloat162float(r[col]) : 0.0f), p.out_f32);
-    }
-  }
+  store_narrow(p, row, c, eight_of(v));
 }
 
 // Stores 32 columns of q | k | v of one row, held as in store_row.
@@ -183,15 +199,7 @@ __device__ __forceinline__ void store_parts(const Product& p, int row, int c, co
     }
     return;
   }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int at = c + 8 * (j >> 1) + 2 * q + (j & 1);
-    if (row < p.m && at < p.end[2]) {
-      const int part = at < p.end[0] ? 0 : at < p.end[1] ? 1 : 2;
-      const int col = at - (part ? p.end[part - 1] : 0);
-      p.part[part][row * p.part_ld[part] + col] = __float2bfloat16(v[4 * (j >> 1) + (j & 1)]);
-    }
-  }
+  store_narrow(p, row, c, eight_of(v));
 }
 
 // Adds 32 biases in shared memory.
@@ -210,8 +218,10 @@ __device__ __forceinline__ void add_bias(const float* bias, float* x) {
 __device__ __forceinline__ void finish_linear(const Product& p, int row, int c, float* x, const float* bias,
                                               const uint4& r0, const uint4& r1) {
   if (bias) add_bias(bias, x);
+  if (p.scale != 1.0f) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) x[i] *= p.scale;
+    for (int i = 0; i < 16; ++i) x[i] *= p.scale;
+  }
   if (p.activated) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] = activate_fast(p, x[i]);

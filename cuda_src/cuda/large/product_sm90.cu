@@ -6,6 +6,10 @@
 // again when the sums are stored. PAIR = 2: two blocks with neighbouring columns load half of a's slice each,
 // for both. With SPLIT the blocks of a cluster share the k of one tile; their sums meet in shared memory and
 // are added in the order of the blocks, each block finishing its share of the tile.
+#include <algorithm>
+#include <array>
+#include <atomic>
+
 #include "product.cuh"
 #include "tensor_map.h"
 #include "wgmma.cuh"
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       float my_bias = 0.0f;  // read now, needed when the sums are there
       if (p.has_bias && threadIdx.x < COLUMNS) my_bias = bias_in_tile(p, unit, threadIdx.x);
       Ahead ahead;
-      float c[COLUMNS / S::kWide][S::kWide / 2];
+      float c[COLUMNS / 2];
       int before = 0;
       for (int i = slice0; i < slice1; ++i) {
         barrier_wait(full + 8 * s, parity);
@@ -159,7 +163,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int j = 0; j < kSlice / 16; ++j) {
 #pragma unroll
           for (int h = 0; h < COLUMNS / S::kWide; ++h) {
-            wgmma<S::kWide>(c[h], a + 2 * j, w + 2 * j + h * S::kWide * 8, i > slice0 || j > 0);
+            wgmma<S::kWide>(*reinterpret_cast<float (*)[S::kWide / 2]>(c + h * (S::kWide / 2)), a + 2 * j,
+                            w + 2 * j + h * S::kWide * 8, i > slice0 || j > 0);
           }
         }
         wgmma_commit();
@@ -180,23 +185,25 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         turn ^= 1;
       }
       if constexpr (!SPLIT) {
-#pragma unroll
+        // A loop, not unrolled: this code runs once a tile, and fetching it would take longer than running
+        // it. The sums of the next unit move to where those of this one were.
+#pragma unroll 1
         for (int u = 0; u < COLUMNS / 64; ++u) {
           if (!S::kAhead) ahead = look_ahead(p, row, unit + u);
           const Ahead now = ahead;
           if (S::kAhead && u + 1 < COLUMNS / 64) ahead = look_ahead(p, row, unit + u + 1);
-          if (64 * (unit + u) < p.n) {
-            float* x = &c[64 * u / S::kWide][64 * u % S::kWide / 2];
-            finish(p, row, unit + u, x, x + 16, tile_bias ? tile_bias + 64 * u : nullptr, now);
-          }
+          if (64 * (unit + u) < p.n)
+            finish(p, row, unit + u, c, c + 16, tile_bias ? tile_bias + 64 * u : nullptr, now);
+#pragma unroll
+          for (int i = 0; i + 32 < COLUMNS / 2; ++i) c[i] = c[i + 32];
         }
       } else {
         named_barrier(1, 128 * GROUPS);  // the ring is read by nobody any more
         float4* to = reinterpret_cast<float4*>(shared);
 #pragma unroll
         for (int i = 0; i < COLUMNS / 8; ++i) {
-          const float* x = &c[8 * i / S::kWide][8 * i % S::kWide / 2];
-          to[(group * (COLUMNS / 8) + i) * 128 + thread] = make_float4(x[0], x[1], x[2], x[3]);
+          to[(group * (COLUMNS / 8) + i) * 128 + thread] =
+              make_float4(c[4 * i], c[4 * i + 1], c[4 * i + 2], c[4 * i + 3]);
         }
       }
     }
@@ -250,23 +257,56 @@ cudaError_t run(const Product& p, const Tile& tile, const Launch& at) {
                        S::kShared, at, SPLIT ? tile.split : PAIR, map_a, map_w, p, g);
 }
 
-using Runner = cudaError_t (*)(const Product&, const Tile&, const Launch&);
+// How many clusters of `size` blocks the device holds at once: its multiprocessors come in groups that a
+// cluster does not cross.
+template <int GROUPS, int COLUMNS, int PAIR, bool SPLIT>
+int clusters(int size) {
+  using S = Shape<GROUPS, COLUMNS>;
+  static std::array<std::atomic<int>, 9> known{};  // plus one; 0: not asked yet
+  if (known[size] == 0) {
+    const auto kernel = product_kernel<GROUPS, COLUMNS, PAIR, SPLIT>;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(size);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(S::kThreads);
+    config.dynamicSmemBytes = S::kShared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int count = 0;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared) !=
+            cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+      cudaGetLastError();
+      count = 0;
+    }
+    known[size] = count + 1;
+  }
+  return known[size] - 1;
+}
+
 struct Entry {
   int groups, columns, pair;
   bool split;
-  Runner run;
+  cudaError_t (*run)(const Product&, const Tile&, const Launch&);
+  int (*clusters)(int);
 };
 template <int GROUPS, int COLUMNS, int PAIR, bool SPLIT>
 constexpr Entry entry() {
-  return {GROUPS, COLUMNS, PAIR, SPLIT, run<GROUPS, COLUMNS, PAIR, SPLIT>};
+  return {GROUPS,
+          COLUMNS,
+          PAIR,
+          SPLIT,
+          run<GROUPS, COLUMNS, PAIR, SPLIT>,
+          clusters<GROUPS, COLUMNS, PAIR, SPLIT>};
 }
 constexpr Entry kEntries[] = {
-    entry<3, 256, 1, false>(), entry<3, 256, 2, false>(), entry<3, 256, 1, true>(),
-    entry<3, 192, 1, false>(), entry<3, 128, 1, false>(), entry<3, 128, 1, true>(),
-    entry<3, 64, 1, false>(),  entry<3, 64, 1, true>(),   entry<2, 256, 1, false>(),
-    entry<2, 256, 1, true>(),  entry<2, 128, 1, false>(), entry<2, 128, 1, true>(),
-    entry<2, 192, 1, false>(), entry<2, 64, 1, false>(),  entry<2, 64, 1, true>(),
-    entry<1, 64, 1, false>(),  entry<1, 64, 1, true>(),   entry<4, 128, 1, false>(),
+    entry<3, 256, 1, true>(),  entry<3, 192, 1, false>(), entry<3, 128, 1, false>(), entry<3, 128, 1, true>(),
+    entry<3, 64, 1, false>(),  entry<3, 64, 1, true>(),   entry<2, 256, 1, false>(), entry<2, 256, 1, true>(),
+    entry<2, 192, 1, false>(), entry<2, 128, 1, false>(), entry<2, 128, 1, true>(),  entry<2, 64, 1, false>(),
+    entry<2, 64, 1, true>(),   entry<1, 64, 1, false>(),  entry<1, 64, 1, true>(),
 };
 
 const Entry* find(const Tile& tile) {
@@ -288,26 +328,27 @@ cudaError_t product_sm90(const Product& p, const Tile& tile, const Launch& at) {
   return e ? e->run(p, tile, at) : cudaErrorInvalidValue;
 }
 
-// The tile with the least time by a count of cycles: the matrix unit does 64 x 256 x 16 in 128; a
-// multiprocessor gets about 30 bytes a cycle from the second-level cache; starting, filling the ring and
-// storing cost what they measured. See docs/performance.md, "Vision and prefix".
+// The tile with the least time by a count of cycles, whose six constants were fitted to 540 timings of 17
+// products on an H200 (docs/performance.md, "Vision and prefix"): it names the fastest tile of each of
+// the 17. The matrix unit does 64 x 256 x 16 in 128 cycles; all multiprocessors together read some 7.5 KB,
+// and each 59 bytes, a cycle from the second-level cache; storing costs by the number, starting and filling
+// the ring by the tile.
 Tile choose_tile_sm90(const Product& p, int sms) {
   const int slices = ceil_div(p.k, kSlice);
   Tile best;
   double least = 0;
   for (const Entry& e : kEntries) {
-    for (int split = e.split ? 2 : 1; split <= (e.split ? 8 : 1); ++split) {
-      if (split > slices) break;
-      const int tiles = ceil_div(p.m, 64 * e.groups) * ceil_div(p.n, e.columns * e.pair) * e.pair;
-      const int blocks = tiles * split;
-      const int usable = split > 1 ? sms / split * split - (split > 2 ? split : 0) : sms;
-      const int waves = ceil_div(blocks, usable);
-      const double product = e.groups * e.columns * 2.0 * 1.1;
-      const double bytes = (64.0 * e.groups / e.pair + e.columns) * 128.0 / 30.0;
-      const double per_slice = product > bytes ? product : bytes;
-      const double store =
-          600.0 + 3.0 * e.groups * e.columns + (split > 1 ? 1500.0 + 4.0 * e.groups * e.columns : 0);
-      const double time = waves * (ceil_div(slices, split) * per_slice + store) + 1500.0;
+    for (int split = e.split ? 2 : 1; split <= (e.split ? 8 : 1) && split <= slices; ++split) {
+      const int cluster = e.split ? split : e.pair;
+      const int blocks = ceil_div(p.m, 64 * e.groups) * ceil_div(p.n, e.columns * e.pair) * e.pair * split;
+      const int room = cluster > 1 ? e.clusters(cluster) * cluster : sms;
+      if (room == 0) continue;
+      const int active = blocks < room ? blocks : room;
+      const double size = 64.0 * e.groups * e.columns, bytes = (64.0 * e.groups / e.pair + e.columns) * 128.0;
+      const double slice = std::max({0.958 * size * kSlice / 2048, bytes * active / 7461, bytes / 59});
+      const double merge = split > 1 ? 3718 + 0.119 * size : 0.0;
+      const double time =
+          ceil_div(blocks, room) * (ceil_div(slices, split) * slice + 0.288 * size + 4184) + merge;
       if (best.groups == 0 || time < least) {
         least = time;
         best = {e.groups, e.columns, e.pair, split};
