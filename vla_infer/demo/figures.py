@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,28 +31,60 @@ class Ticks:
         return (len(self.lateness) - 1) / self.seconds if self.seconds > 0 else 0.0
 
     @property
+    def due(self) -> int:
+        """Grid times in all."""
+        return len(self.lateness) + self.missed
+
+    @property
     def late(self) -> int:
         """Ticks that were late, and those that never came."""
         return int((self.lateness > LATE_MS).sum()) + self.missed
 
     @property
     def late_share(self) -> float:
-        return self.late / max(1, len(self.lateness) + self.missed)
+        return self.late / max(1, self.due)
 
 
 def ticks(stamps: Sequence[int], rate: float) -> Ticks:
     """Lateness of commands published at `stamps` (ns, ascending) by a timer of `rate` Hz.
 
-    The grid's phase is not known from outside: it is the one in which no command is early.
+    The grid's phase is not known from outside, and the publisher's clock is not the wall clock of the stamps: it is
+    found anew every ten seconds, as the one that most commands keep.
     """
     if not stamps:
         return Ticks(np.empty(0), 0, 0.0)
-    period = 1e9 / rate
-    times = np.asarray(stamps, np.int64) - stamps[0]
-    # The slot of each command from its distance to the one before, so that no error of the first adds up.
-    slots = np.concatenate([[0], np.cumsum(np.maximum(1, np.round(np.diff(times) / period)))])
-    behind = times - slots * period
-    return Ticks((behind - behind.min()) / 1e6, int(slots[-1]) + 1 - len(times), float(times[-1]) / 1e9)
+    period = 1e3 / rate
+    times = (np.asarray(stamps, np.int64) - stamps[0]) / 1e6  # ms
+    parts = list(_windows(times))
+    missed = sum(round((b[0] - a[-1]) / period) - 1 for a, b in pairwise(parts) if b[0] - a[-1] > period)
+    late: list[NDArray[np.float64]] = []
+    for part in parts:
+        phase = _phase(part, period)
+        slots = np.floor((part - phase + _EARLY_MS) / period)
+        # Of several in one slot the first is on time and the others make up for slots that had none.
+        _, first = np.unique(slots, return_index=True)
+        late.append(np.maximum(0.0, (part - phase - slots * period)[first]))
+        missed += int(slots[-1] - slots[0]) + 1 - len(first)
+    return Ticks(np.concatenate(late), missed, float(times[-1]) / 1e3)
+
+
+_EARLY_MS = 1.0  # how far before its grid time a command may be and still belong to it
+
+
+def _windows(times: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """`times` (ms) in pieces of ten seconds."""
+    window = times // 10_000
+    for number in np.unique(window):
+        yield times[window == number]
+
+
+def _phase(times: NDArray[np.float64], period: float) -> float:
+    """The grid's offset (ms): where the remainders lie most densely, at their early edge."""
+    remainders = np.sort(times % period)
+    half = (len(remainders) + 1) // 2
+    around = np.concatenate([remainders, remainders + period])
+    spans = around[half - 1 : half - 1 + len(remainders)] - around[: len(remainders)]
+    return float(around[int(spans.argmin())])  # of all arcs that hold half of them, the shortest begins here
 
 
 def progress(elapsed: float, duration: float, width: int = 20) -> str:
@@ -91,15 +124,14 @@ def table(measured: Ticks, rate: float, diagnostics: Diagnostics) -> list[str]:
         rows.append(
             (
                 f"more than {LATE_MS:g} ms late",
-                f"{measured.late} of {len(measured.lateness) + measured.missed}"
+                f"{measured.late} of {measured.due}"
                 f" ({measured.late_share:.2%}, asked: at most {ALLOWED_LATE:.0%}): {met}",
             )
         )
     control = diagnostics.get("control", {})
     observations = diagnostics.get("observations", {})
     inference = diagnostics.get("inference", {})
-    for name in ("image age at callback",):
-        rows += _percentiles(name, name, observations)
+    rows += _percentiles("image age at callback", "image age at callback", observations)
     rows += _percentiles("observation age", "observation age at publication", control)
     for key, value in observations.items():
         if key.startswith("received "):
