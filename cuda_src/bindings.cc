@@ -1,5 +1,6 @@
 // The Python module vla_infer._engine: a thin layer over engine.h. The interpreter's lock is let go while a
-// program runs. Places are tuples (store, offset, rows, cols, ld, step bytes, dtype), see vla_infer/engine.py.
+// program runs. Places are tuples (store, offset, rows, cols, ld, step bytes, dtype), see
+// vla_infer/engine.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -31,8 +32,8 @@ vla::HostMatrix matrix(const py::array& a) {
   const bool f32 = py::isinstance<py::array_t<float>>(a), bf16 = py::isinstance<py::array_t<uint16_t>>(a);
   if (!f32 && !bf16) throw std::invalid_argument("engine: expected float32 or bfloat16 (as uint16)");
   if (a.strides(1) != a.itemsize()) throw std::invalid_argument("engine: expected rows without gaps");
-  return {a.data(), f32 ? DType::kF32 : DType::kBF16, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1)),
-          static_cast<int64_t>(a.strides(0) / a.itemsize())};
+  return {a.data(), f32 ? DType::kF32 : DType::kBF16, static_cast<int>(a.shape(0)),
+          static_cast<int>(a.shape(1)), static_cast<int64_t>(a.strides(0) / a.itemsize())};
 }
 
 // A NumPy array over memory of the program; it keeps the program alive.
@@ -82,16 +83,18 @@ PYBIND11_MODULE(_engine, m) {
   py::class_<vla::Program>(m, "Program")
       .def(py::init<vla::Engine&, size_t>(), py::keep_alive<1, 2>())
       .def("add",
-           [](vla::Program& p, int phase, const std::string& kind, const std::map<std::string, PlaceTuple>& operands,
-              const std::vector<int>& weights, const std::map<std::string, double>& attrs) {
+           [](vla::Program& p, int phase, const std::string& kind,
+              const std::map<std::string, PlaceTuple>& operands, const std::vector<int>& weights,
+              const std::map<std::string, double>& attrs) {
              std::map<std::string, Place> named;
              for (const auto& [name, t] : operands) named[name] = place(t);
              p.add(static_cast<vla::Phase>(phase), kind, named, weights, attrs);
            })
-      .def("finish",
-           [](vla::Program& p, int steps, const std::vector<PlaceTuple>& inputs,
-              const std::vector<PlaceTuple>& outputs) { p.finish(steps, places(inputs), places(outputs)); },
-           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "finish",
+          [](vla::Program& p, int steps, const std::vector<PlaceTuple>& inputs,
+             const std::vector<PlaceTuple>& outputs) { p.finish(steps, places(inputs), places(outputs)); },
+          py::call_guard<py::gil_scoped_release>())
       .def("input",
            [](py::object self, int index, const PlaceTuple& t) {
              return over(self, self.cast<vla::Program&>().input(index), t);
@@ -102,9 +105,10 @@ PYBIND11_MODULE(_engine, m) {
            })
       .def("use", &vla::Program::use)
       .def("profile", &vla::Program::profile, py::call_guard<py::gil_scoped_release>())
-      .def("run",
-           [](vla::Program& p, int times) {
-             for (int i = 0; i < times; ++i) p.run();
-           },
-           py::arg("times") = 1, py::call_guard<py::gil_scoped_release>());
+      .def(
+          "run",
+          [](vla::Program& p, int times) {
+            for (int i = 0; i < times; ++i) p.run();
+          },
+          py::arg("times") = 1, py::call_guard<py::gil_scoped_release>());
 }

@@ -37,8 +37,8 @@ class Plan {
   virtual void use(int index, size_t bytes) = 0;
   // Everything from the inputs to the outputs; returns when the outputs can be read. Allocates nothing.
   virtual void run() = 0;
-  // As run(), with the seconds that each operation took: `before`, then `body` (all steps together), then `after`.
-  // Slower than run(), for looking; empty where the device cannot tell.
+  // As run(), with the seconds that each operation took: `before`, then `body` (all steps together), then
+  // `after`. Slower than run(), for looking; empty where the device cannot tell.
   virtual std::vector<double> profile() { return {}; }
 };
 

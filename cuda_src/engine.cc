@@ -143,7 +143,8 @@ struct Program::Impl {
     if (p.store == Place::kArena || p.store == Place::kTables) {
       const size_t size = p.store == Place::kArena ? engine.arena_size : table_bytes;
       const int64_t end = p.offset + ((p.rows - 1) * p.ld + p.cols) * static_cast<int64_t>(size_of(p.dtype));
-      if (p.offset < 0 || end > static_cast<int64_t>(size)) throw std::out_of_range("program: outside the arena");
+      if (p.offset < 0 || end > static_cast<int64_t>(size))
+        throw std::out_of_range("program: outside the arena");
     }
     return v;
   }

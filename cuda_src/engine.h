@@ -21,7 +21,8 @@ VLA_API bool built_with_cuda();
 // Names of the instruction sets that the CPU device can use here, the best first.
 VLA_API std::vector<std::string> cpu_instruction_sets();
 
-// Where an operand lies: in the arena shared by all programs, in the program's own tables, or a stored tensor.
+// Where an operand lies: in the arena shared by all programs, in the program's own tables, or a stored
+// tensor.
 struct Place {
   static constexpr int kArena = -1, kTables = -2;
   int store = kArena;  // or the number of a stored tensor
@@ -35,7 +36,8 @@ enum class Phase : int { kAtLoad = 0, kBefore = 1, kLoop = 2, kAfter = 3 };
 
 class VLA_API Engine {
  public:
-  // device: "cpu", "cpu:" and an instruction set, or "cuda" (throws std::runtime_error where it cannot be had); threads 0: all processors.
+  // device: "cpu", "cpu:" and an instruction set, or "cuda" (throws std::runtime_error where it cannot be
+  // had); threads 0: all processors.
   Engine(const std::string& device, DType act, int threads);
   ~Engine();
   Engine(const Engine&) = delete;

@@ -31,7 +31,8 @@ struct View {
 };
 
 // One or more matrices (n, k) of the checkpoint, stacked and laid out as the device's product wants them.
-// kStacked: rows one under another (q, k, v). kInterleaved: two matrices of the same shape, for a gated product.
+// kStacked: rows one under another (q, k, v). kInterleaved: two matrices of the same shape, for a gated
+// product.
 enum class Packing : int { kStacked = 0, kInterleaved = 1 };
 
 struct Weight {

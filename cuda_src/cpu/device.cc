@@ -79,7 +79,8 @@ class CpuPlan final : public Plan {
 
 class CpuDevice final : public Device {
  public:
-  CpuDevice(DType act, int threads, const Kernels& kernels) : act_(act), threads_(threads), kernels_(kernels) {}
+  CpuDevice(DType act, int threads, const Kernels& kernels)
+      : act_(act), threads_(threads), kernels_(kernels) {}
 
   std::string name() const override {
     return std::string("cpu (") + kernels_.name + ", " + std::to_string(threads_.count()) + " threads)";
@@ -93,8 +94,8 @@ class CpuDevice final : public Device {
   void write(std::byte* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void read(void* to, const std::byte* from, size_t bytes) override { std::memcpy(to, from, bytes); }
 
-  // Panels of kPanel rows by all of k (see cpu/product.h); every part begins at a panel, the last is padded with
-  // zeros. Interleaved: panels of the two parts alternate.
+  // Panels of kPanel rows by all of k (see cpu/product.h); every part begins at a panel, the last is padded
+  // with zeros. Interleaved: panels of the two parts alternate.
   Weight pack(Packing packing, const std::vector<HostMatrix>& parts, int) override {
     Weight w{nullptr, act_, packing, parts.at(0).k, {}};
     const int width = kernels_.panel, pair = act_ == DType::kBF16 ? 2 : 1;
@@ -112,8 +113,8 @@ class CpuDevice final : public Device {
       const HostMatrix& part = parts[i];
       const int count = (part.n + width - 1) / width;
       threads_.run(count, [&](int panel, int) {
-        const int64_t slot = packing == Packing::kInterleaved ? panel * int64_t(parts.size()) + int64_t(i)
-                                                              : first + panel;
+        const int64_t slot =
+            packing == Packing::kInterleaved ? panel * int64_t(parts.size()) + int64_t(i) : first + panel;
         std::byte* out = base + slot * panel_size * size_of(act_);
         for (int j = 0; j < width && panel * width + j < part.n; ++j) {
           for (int p = 0; p < part.k; ++p) {

@@ -1,5 +1,5 @@
-// The kernels of one instruction set. The same source (kernels.inc and ops/*_cpu.h) is compiled once for each, in
-// a namespace of its own; the device picks one when it is made.
+// The kernels of one instruction set. The same source (kernels.inc and ops/*_cpu.h) is compiled once for
+// each, in a namespace of its own; the device picks one when it is made.
 #pragma once
 
 #include <cstddef>

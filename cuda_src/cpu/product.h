@@ -20,9 +20,7 @@ inline Vec broadcast_pair(const uint16_t* a, int k, int limit) {
 }
 
 #if defined(__AVX512BF16__)
-inline Vec dot(Vec acc, Vec a, Vec b) {
-  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-}
+inline Vec dot(Vec acc, Vec a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 #else
 inline Vec dot(Vec acc, Vec a, Vec b) {
   const Bits x = bits(a), y = bits(b);
@@ -89,21 +87,34 @@ void tile_rows(const uint16_t* a, int64_t lda, const uint16_t* panel, int k, flo
 template <typename T>
 void product_tile(int rows, const T* a, int64_t lda, const T* panel, int k, float* tile) {
   switch (rows) {
-    case 1: return tile_rows<1>(a, lda, panel, k, tile);
-    case 2: return tile_rows<2>(a, lda, panel, k, tile);
-    case 3: return tile_rows<3>(a, lda, panel, k, tile);
-    case 4: return tile_rows<4>(a, lda, panel, k, tile);
-    case 5: return tile_rows<5>(a, lda, panel, k, tile);
-    case 6: return tile_rows<6>(a, lda, panel, k, tile);
+    case 1:
+      return tile_rows<1>(a, lda, panel, k, tile);
+    case 2:
+      return tile_rows<2>(a, lda, panel, k, tile);
+    case 3:
+      return tile_rows<3>(a, lda, panel, k, tile);
+    case 4:
+      return tile_rows<4>(a, lda, panel, k, tile);
+    case 5:
+      return tile_rows<5>(a, lda, panel, k, tile);
+    case 6:
+      return tile_rows<6>(a, lda, panel, k, tile);
 #if defined(__AVX512F__)
-    case 7: return tile_rows<7>(a, lda, panel, k, tile);
-    case 8: return tile_rows<8>(a, lda, panel, k, tile);
-    case 9: return tile_rows<9>(a, lda, panel, k, tile);
-    case 10: return tile_rows<10>(a, lda, panel, k, tile);
-    case 11: return tile_rows<11>(a, lda, panel, k, tile);
-    case 12: return tile_rows<12>(a, lda, panel, k, tile);
+    case 7:
+      return tile_rows<7>(a, lda, panel, k, tile);
+    case 8:
+      return tile_rows<8>(a, lda, panel, k, tile);
+    case 9:
+      return tile_rows<9>(a, lda, panel, k, tile);
+    case 10:
+      return tile_rows<10>(a, lda, panel, k, tile);
+    case 11:
+      return tile_rows<11>(a, lda, panel, k, tile);
+    case 12:
+      return tile_rows<12>(a, lda, panel, k, tile);
 #endif
-    default: return;
+    default:
+      return;
   }
 }
 
@@ -183,8 +194,8 @@ inline size_t left_bytes(const View& x, const Norm& norm, DType act) {
   return is_plain(x, norm, act) ? 0 : static_cast<size_t>(x.rows) * x.cols * size_of(act) + 64;
 }
 
-// How a product's output is cut into items of work: blocks of rows (kept in the cache of one core) by groups of
-// panels. `each(row, rows, panel, thread)` is called for every tile of up to kRows rows.
+// How a product's output is cut into items of work: blocks of rows (kept in the cache of one core) by groups
+// of panels. `each(row, rows, panel, thread)` is called for every tile of up to kRows rows.
 template <typename Each>
 void for_tiles(int m, int panel_count, const Context& c, const Each& each) {
   const int block = 16 * kRows;

@@ -12,8 +12,8 @@
 namespace vla {
 namespace {
 
-// Operations of one inference follow each other within microseconds: a worker looks for the next one this many
-// times (about 20 us) before it sleeps, so that between inferences no processor is kept busy.
+// Operations of one inference follow each other within microseconds: a worker looks for the next one this
+// many times (about 20 us) before it sleeps, so that between inferences no processor is kept busy.
 constexpr int kLooks = 500;
 
 inline void relax() {

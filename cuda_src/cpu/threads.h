@@ -1,4 +1,5 @@
-// A fork-join pool for one inference: the caller works too, workers are pinned, sleep when idle, allocate nothing.
+// A fork-join pool for one inference: the caller works too, workers are pinned, sleep when idle, allocate
+// nothing.
 #pragma once
 
 #include <atomic>
@@ -11,7 +12,8 @@ namespace vla {
 
 class Threads {
  public:
-  // `count` threads in all, the caller of run() being one of them; 0 takes the processors this process may use.
+  // `count` threads in all, the caller of run() being one of them; 0 takes the processors this process may
+  // use.
   explicit Threads(int count);
   ~Threads();
   Threads(const Threads&) = delete;
@@ -26,7 +28,9 @@ class Threads {
       for (int i = 0; i < items; ++i) f(i, 0);
       return;
     }
-    fork(items, [](const void* self, int item, int thread) { (*static_cast<const F*>(self))(item, thread); }, &f);
+    fork(
+        items, [](const void* self, int item, int thread) { (*static_cast<const F*>(self))(item, thread); },
+        &f);
   }
 
  private:

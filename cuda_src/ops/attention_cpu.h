@@ -33,7 +33,8 @@ T& packed(T* panel_base, int64_t size, int j, int p) {
 }
 
 template <typename T>
-void pack_head(const Attention& op, const AttentionPlan<T>& plan, int batch, int head, int step, T* keys, T* values) {
+void pack_head(const Attention& op, const AttentionPlan<T>& plan, int batch, int head, int step, T* keys,
+               T* values) {
   const int64_t k_panel = panel_size<T>(plan.d), v_panel = panel_size<T>(plan.n);
   __builtin_memset(keys, 0, sizeof(T) * plan.k_size);
   __builtin_memset(values, 0, sizeof(T) * plan.v_size);
@@ -50,7 +51,8 @@ void pack_head(const Attention& op, const AttentionPlan<T>& plan, int batch, int
 
 // Softmax of one row of scores, masked, as unnormalised T; returns 1 / sum, or 0 where nothing is seen.
 template <typename T>
-float softmax_row(float* scores, int n, float scale, const int32_t* blocks, int64_t blocks_ld, int seen, T* p) {
+float softmax_row(float* scores, int n, float scale, const int32_t* blocks, int64_t blocks_ld, int seen,
+                  T* p) {
   Vec top = splat(-__builtin_inff());
   if (blocks) {
     for (int j = 0; j < n; ++j) {

@@ -7,7 +7,8 @@ struct Sample {
 };
 
 inline Sample sample(int i, int from, int to) {
-  const float at = (static_cast<float>(i) + 0.5f) * (static_cast<float>(from) / static_cast<float>(to)) - 0.5f;
+  const float at =
+      (static_cast<float>(i) + 0.5f) * (static_cast<float>(from) / static_cast<float>(to)) - 0.5f;
   const float position = at > 0.0f ? at : 0.0f;
   int low = static_cast<int>(position);
   if (low > from - 1) low = from - 1;

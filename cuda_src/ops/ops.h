@@ -9,9 +9,9 @@
 
 namespace vla {
 
-// out (cameras * patches, 3 * patch^2) act = bilinear resize (half-pixel centres), pad, pixel / 127.5 - 1, cut into
-// patches with columns (c, y, x); padding and absent pictures are -1. frames (cameras, bytes) u8. geometry
-// (cameras, 8) i32: h, w, row stride in bytes, resized h, resized w, top pad, left pad, present.
+// out (cameras * patches, 3 * patch^2) act = bilinear resize (half-pixel centres), pad, pixel / 127.5 - 1,
+// cut into patches with columns (c, y, x); padding and absent pictures are -1. frames (cameras, bytes) u8.
+// geometry (cameras, 8) i32: h, w, row stride in bytes, resized h, resized w, top pad, left pad, present.
 struct ImagePatches {
   View frames, geometry, out;
   int height = 0, width = 0, patch = 0;
@@ -36,8 +36,9 @@ struct GatedLinear {
 };
 
 // q, k, v (m, heads * d) = norm(x) W^T + bias, with rotary embedding on the heads of q and k:
-// [h1 | h2] -> [h1 cos - h2 sin | h2 cos + h1 sin], cos and sin from row positions[i] of rope (positions, d) =
-// [cos | sin] f32. Any of q, k, v may be absent (W then has no rows for it); q, k, v may have their own stride.
+// [h1 | h2] -> [h1 cos - h2 sin | h2 cos + h1 sin], cos and sin from row positions[i] of rope (positions, d)
+// = [cos | sin] f32. Any of q, k, v may be absent (W then has no rows for it); q, k, v may have their own
+// stride.
 struct Qkv {
   View x, q, k, v, q_bias, k_bias, v_bias, rope, positions;
   Norm norm;
@@ -45,22 +46,24 @@ struct Qkv {
   int head_dim = 0;
 };
 
-// out (batch * m, heads * d) = softmax(q k^T / sqrt(d) + mask) v by head; kv heads are shared by heads / kv_heads
-// query heads. q_block (m, 1), k_block (n, 1) i32 or absent: query i sees key j when k_block[j] <= q_block[i].
-// A row that sees no key gives zeros.
+// out (batch * m, heads * d) = softmax(q k^T / sqrt(d) + mask) v by head; kv heads are shared by heads /
+// kv_heads query heads. q_block (m, 1), k_block (n, 1) i32 or absent: query i sees key j when k_block[j] <=
+// q_block[i]. A row that sees no key gives zeros.
 struct Attention {
   View q, k, v, q_block, k_block, out;
   int head_dim = 0, batch = 1;
 };
 
-// out (batch * height * width / f^2, d * f^2): norm(x), then squares of f x f rows of the grid become one row.
+// out (batch * height * width / f^2, d * f^2): norm(x), then squares of f x f rows of the grid become one
+// row.
 struct SpaceToDepth {
   View x, out;
   Norm norm;
   int factor = 1, height = 0, width = 0;
 };
 
-// out[i] (m, d) = scale * table[tokens[i]]; tokens (m, 1) i32 (out of range: row 0), table (vocabulary, d) act.
+// out[i] (m, d) = scale * table[tokens[i]]; tokens (m, 1) i32 (out of range: row 0), table (vocabulary, d)
+// act.
 struct Embed {
   View tokens, table, out;
   float scale = 1.0f;

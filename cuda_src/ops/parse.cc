@@ -5,10 +5,12 @@
 namespace vla {
 namespace {
 
-// Takes operands and attributes by name; what is left over at the end is an error, so that nothing is ignored.
+// Takes operands and attributes by name; what is left over at the end is an error, so that nothing is
+// ignored.
 class Reader {
  public:
-  explicit Reader(const Recorded& recorded) : r_(recorded), operands_(recorded.operands), attrs_(recorded.attrs) {}
+  explicit Reader(const Recorded& recorded)
+      : r_(recorded), operands_(recorded.operands), attrs_(recorded.attrs) {}
 
   View maybe(const std::string& name) {
     const auto it = operands_.find(name);
@@ -48,8 +50,8 @@ class Reader {
     if (r_.weights.size() != 1) fail("expected one packed weight");
     const Weight& w = r_.weights[0];
     if (w.k != x.cols) fail("x has " + std::to_string(x.cols) + " columns, W " + std::to_string(w.k));
-    if (w.rows() != rows || w.n.size() != parts) fail("W has " + std::to_string(w.rows()) + " rows, expected " +
-                                                      std::to_string(rows));
+    if (w.rows() != rows || w.n.size() != parts)
+      fail("W has " + std::to_string(w.rows()) + " rows, expected " + std::to_string(rows));
     return w;
   }
   void type(const View& view, DType dtype, const char* name) {
@@ -59,7 +61,9 @@ class Reader {
     if (!operands_.empty()) fail("unknown operand '" + operands_.begin()->first + "'");
     if (!attrs_.empty()) fail("unknown attribute '" + attrs_.begin()->first + "'");
   }
-  [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(r_.kind + ": " + what); }
+  [[noreturn]] void fail(const std::string& what) const {
+    throw std::invalid_argument(r_.kind + ": " + what);
+  }
 
  private:
   const Recorded& r_;
