@@ -144,6 +144,25 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+// This block's rank in its cluster, and the number of the cluster: 0 and blockIdx.x where blocks are alone.
+__device__ __forceinline__ int cluster_rank() {
+#if VLA_SM90
+  uint32_t r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return static_cast<int>(r);
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ int cluster_index() {
+#if VLA_SM90
+  uint32_t r;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(r));
+  return static_cast<int>(r);
+#else
+  return static_cast<int>(blockIdx.x);
+#endif
+}
 // The address of the same shared variable in block `rank` of the cluster.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
 #if VLA_SM90

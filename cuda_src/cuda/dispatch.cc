@@ -91,8 +91,9 @@ std::string refuse_small(const Op& op) {
       if (v->ld % 8 || reinterpret_cast<uintptr_t>(v->base) % 16) return "rows are not 16-byte aligned";
     }
   }
-  if (const auto* q = std::get_if<Qkv>(&op); q && q->rope && q->head_dim % 64) {
-    return "rotary embedding of head size " + std::to_string(q->head_dim) + ": expected a multiple of 64";
+  if (const auto* q = std::get_if<Qkv>(&op);
+      q && q->rope && q->head_dim != 64 && q->head_dim != 128 && q->head_dim != 256) {
+    return "rotary embedding of head size " + std::to_string(q->head_dim) + ": expected 64, 128 or 256";
   }
   return {};
 }

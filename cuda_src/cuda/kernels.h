@@ -24,6 +24,7 @@ struct Launch {
   int sms = 0;                   // multiprocessors
   int arch = 0;                  // 10 * major + minor of the device
   bool pdl = false;              // the launch before this one in the stream is a kernel of ours
+  int stable_keys = 0;         // attention: rows of k and v, from the first, that no kernel of the loop writes
   std::byte* scratch = nullptr;  // scratch_bytes, 256-byte aligned, shared by all launches of the stream
   size_t scratch_bytes = 0;
 };

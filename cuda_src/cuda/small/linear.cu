@@ -12,7 +12,7 @@ namespace {
 // the reductions, and rounds of blocks. Constants are an H200's; what matters is their proportion.
 float cost(const Args& a, const Launch& at) {
   const int mt = row_tiles(a), wn = a.wn, split = a.split, tiles = a.tiles;
-  const Shape s = shape_of(mt, a.m, wn, split, tiles);
+  const Shape s = shape_of(mt, a.own, wn, split, tiles);
   const int blocks = ceil_div(a.blocks, wn) * split;
   const int per_sm = s.bytes <= 112 * 1024 && mt <= 7 ? 2 : 1;
   const float rounds = static_cast<float>(ceil_div(blocks, at.sms * per_sm));
@@ -44,10 +44,11 @@ Args common(const View& x, const Norm& norm, const Weight& w, int step, int row0
   a.row0 = row0;
   a.k = x.cols;
   a.x_f32 = x.dtype == DType::kF32;
-  a.x_vector = aligned(a.x, x.ld * size);
+  a.x_whole = !a.x_f32 && x.cols % 8 == 0 && aligned(a.x, x.ld * size);
   a.norm = norm.kind;
   a.eps = norm.eps, a.plus = norm.plus;
   a.norm_weight = row_of(norm.weight, step), a.norm_bias = row_of(norm.bias, step);
+  a.norm_vector = x.cols % 8 == 0 && aligned(a.norm_weight, 0) && aligned(a.norm_bias, 0);
   a.w = static_cast<const uint4*>(w.data);
   a.k_tiles = ceil_div(w.k, 16);
   for (int part : w.n) a.blocks += ceil_div(part, w.packing == Packing::kStacked ? 32 : 16);
@@ -68,16 +69,17 @@ int row_tiles(const Args& a) {
 
 bool set_split(Args& a, int wn, int split, const Launch& at) {
   a.wn = wn, a.split = split, a.tiles = ceil_div(a.k_tiles, split);
+  a.own = ceil_div(a.m, split), a.own_inverse = ceil_div(65536, a.own);
   if (a.half > 0 && wn < 2) return false;
   if (ceil_div(a.k_tiles, a.tiles) != split || (split > 1 && at.arch < 90)) return false;
   const int largest = at.arch == 90 || at.arch == 100 ? 227 * 1024 : at.arch == 80 ? 163 * 1024 : 99 * 1024;
-  return shape_of(row_tiles(a), a.m, wn, split, a.tiles).bytes <= largest;
+  return shape_of(row_tiles(a), a.own, wn, split, a.tiles).bytes <= largest;
 }
 
 bool choose_split(Args& a, const Launch& at) {
   float best = INFINITY;
   int best_wn = 0, best_split = 0;
-  for (int wn = 1; wn <= kWarps; wn *= 2) {
+  for (int wn = 1; wn <= kMaxWn; wn *= 2) {
     for (int split = 1; split <= kMaxCluster; ++split) {
       if (!set_split(a, wn, split, at)) continue;
       if (const float c = cost(a, at); c < best) best = c, best_wn = wn, best_split = split;
@@ -127,6 +129,7 @@ Args arguments(const Qkv& op, int step, int row0, int rows) {
   }
   if (a.rotate > 0) {
     a.half = op.head_dim / 64;
+    while (2 << a.half_shift <= a.half) ++a.half_shift;
     a.rope = op.rope.at<const float>(step), a.ld_rope = op.rope.ld;
     a.positions = static_cast<const int*>(row_at(op.positions, step, row0));
     a.ld_positions = op.positions.ld;

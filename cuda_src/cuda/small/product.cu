@@ -17,28 +17,6 @@ namespace vla::cuda::small {
 
 namespace {
 
-__device__ __forceinline__ void load8(float (&v)[8], const Args& a, int row, int col) {
-  const int64_t at = row * a.ldx + col;
-  if (a.x_vector && col + 8 <= a.k) {
-    if (a.x_f32) {
-      const float4 lo = *reinterpret_cast<const float4*>(static_cast<const float*>(a.x) + at);
-      const float4 hi = *reinterpret_cast<const float4*>(static_cast<const float*>(a.x) + at + 4);
-      v[0] = lo.x, v[1] = lo.y, v[2] = lo.z, v[3] = lo.w, v[4] = hi.x, v[5] = hi.y, v[6] = hi.z, v[7] = hi.w;
-    } else {
-      const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.x) + at);
-      const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 f = unpack2(word[j]);
-        v[2 * j] = f.x, v[2 * j + 1] = f.y;
-      }
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) v[j] = col + j < a.k ? load_as_float(a.x, at + j, a.x_f32) : 0.0f;
-}
-
 __device__ __forceinline__ uint4 pack8(const float (&v)[8]) {
   return make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
 }
@@ -62,69 +40,136 @@ __device__ void layer_statistics(const Args& a, float* stats, int warp, int lane
   }
 }
 
-// Puts columns [16 * tile0, 16 * (tile0 + tiles)) of the normalised x (but for the RMS) into shared memory as
+// v, 8 columns of row `row` from `col` on, to what goes into shared memory: normalised but for the RMS. Adds
+// to the sum of squares. scale and shift are the norm's weight + plus and bias for these columns.
+template <int MT>
+__device__ __forceinline__ void normalise(float (&v)[8], const Args& a, int row, const float (&scale)[8],
+                                          const float (&shift)[8], const float* stats, float& squares) {
+  if (a.norm == NormKind::kRms) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      squares += v[j] * v[j];
+      v[j] = row == a.m ? shift[j] : v[j] * scale[j];
+    }
+  } else if (a.norm == NormKind::kLayer && row < a.m) {
+    const float mean = stats[row], rstd = stats[8 * MT + row];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = (v[j] - mean) * rstd * scale[j] + shift[j];
+  }
+}
+
+// Puts columns [16 * tile0, 16 * (tile0 + tiles)) of x, normalised but for the RMS, into shared memory as
 // bfloat16. Warp w has rows w, w + 8, ...; squares[i] is its lanes' part of row w + 8 i's sum of squares.
 template <int MT>
 __device__ __forceinline__ void stage_x(const Args& a, std::byte* x_smem, int stride, int tile0, int tiles,
                                         const float* stats, float (&squares)[MT], int warp, int lane) {
-  const bool has_bias = a.norm_bias != nullptr;
-  for (int chunk = lane; chunk < 2 * tiles; chunk += 32) {
-    const int col = 16 * tile0 + 8 * chunk;
-    float v[MT][8], scale[8];
+  constexpr int kAtOnce = 2;  // chunks of 8 columns a lane reads before it uses any: latency counts here
+  const int first = 16 * tile0;
+  const auto* x = static_cast<const bf16*>(a.x) + first;
+  for (int chunk0 = 0; chunk0 < 2 * tiles; chunk0 += 32 * kAtOnce) {
+    uint4 raw[kAtOnce][MT];
+    float scale[kAtOnce][8], shift[kAtOnce][8];
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
-      const int row = warp + kWarps * i;
-      if (row < a.m) {
-        load8(v[i], a, row, col);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v[i][j] = 0.0f;
-      }
-    }
-    if (a.norm != NormKind::kNone) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        scale[j] = a.norm_weight == nullptr ? 1.0f : col + j < a.k ? a.norm_weight[col + j] + a.plus : 0.0f;
-      }
+    for (int b = 0; b < kAtOnce; ++b) {
+      const int chunk = chunk0 + 32 * b + lane, col = first + 8 * chunk;
+      const bool in = chunk < 2 * tiles && col < a.k;
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
         const int row = warp + kWarps * i;
-        if (a.norm == NormKind::kRms) {
+        raw[b][i] = make_uint4(0, 0, 0, 0);
+        if (in && row < a.m) raw[b][i] = *reinterpret_cast<const uint4*>(x + row * a.ldx + 8 * chunk);
+      }
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            squares[i] += v[i][j] * v[i][j];
-            v[i][j] *= scale[j];
-          }
-          if (has_bias && row == a.m) {
+      for (int j = 0; j < 8; ++j) scale[b][j] = a.norm_weight != nullptr ? 0.0f : 1.0f, shift[b][j] = 0.0f;
+      if (in && a.norm_weight != nullptr) {
+        if (a.norm_vector) {
+          *reinterpret_cast<float4*>(&scale[b][0]) = *reinterpret_cast<const float4*>(a.norm_weight + col);
+          *reinterpret_cast<float4*>(&scale[b][4]) =
+              *reinterpret_cast<const float4*>(a.norm_weight + col + 4);
+        } else {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) v[i][j] = col + j < a.k ? a.norm_bias[col + j] : 0.0f;
-          }
-        } else if (row < a.m) {
-          const float mean = stats[row], rstd = stats[8 * MT + row];
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const float bias = has_bias && col + j < a.k ? a.norm_bias[col + j] : 0.0f;
-            v[i][j] = col + j < a.k ? (v[i][j] - mean) * rstd * scale[j] + bias : 0.0f;
-          }
+          for (int j = 0; j < 8; ++j) scale[b][j] = a.norm_weight[col + j];
         }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) scale[b][j] += a.plus;
+      }
+      // only layer norm's rows and the row after the last of RMS norm need the bias
+      if (in && a.norm_bias != nullptr && (a.norm == NormKind::kLayer || warp == a.m % kWarps)) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) shift[b][j] = a.norm_bias[col + j];
       }
     }
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
-      const int row = warp + kWarps * i;
-      *reinterpret_cast<uint4*>(x_smem + row * stride + 16 * chunk) = pack8(v[i]);
+    for (int b = 0; b < kAtOnce; ++b) {
+      const int chunk = chunk0 + 32 * b + lane;
+      if (chunk >= 2 * tiles) break;
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+        const int row = warp + kWarps * i;
+        const uint32_t word[4] = {raw[b][i].x, raw[b][i].y, raw[b][i].z, raw[b][i].w};
+        float v[8];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 f = unpack2(word[j]);
+          v[2 * j] = f.x, v[2 * j + 1] = f.y;
+        }
+        normalise<MT>(v, a, row, scale[b], shift[b], stats, squares[i]);
+        *reinterpret_cast<uint4*>(x_smem + row * stride + 16 * chunk) = pack8(v);
+      }
     }
   }
 }
 
+// The same for one row of float32, or of a width that cannot be read 16 bytes at a time. Gives the lane's part of
+// the sum of squares.
+__device__ __noinline__ float stage_any_row(const Args& a, std::byte* row_smem, int row, int tile0, int tiles,
+                                            float mean, float rstd, int lane) {
+  float squares = 0.0f;
+  for (int i = lane; i < 16 * tiles; i += 32) {
+    const int col = 16 * tile0 + i;
+    float v = 0.0f;
+    if (col < a.k) {
+      const float x = row < a.m ? load_as_float(a.x, row * a.ldx + col, a.x_f32) : 0.0f;
+      const float scale = a.norm_weight == nullptr ? 1.0f : a.norm_weight[col] + a.plus;
+      const float shift = a.norm_bias == nullptr ? 0.0f : a.norm_bias[col];
+      squares += x * x;
+      v = a.norm == NormKind::kNone ? x
+          : a.norm == NormKind::kRms ? (row == a.m ? shift : x * scale)
+                                     : (x - mean) * rstd * scale + shift;
+    }
+    reinterpret_cast<bf16*>(row_smem)[i] = __float2bfloat16(v);
+  }
+  return squares;
+}
+
+// x as it is: no way through registers.
 template <int MT>
+__device__ __forceinline__ void copy_x(const Args& a, std::byte* x_smem, int stride, int tile0, int tiles,
+                                       int warp, int lane) {
+  const auto* x = static_cast<const bf16*>(a.x) + 16 * tile0;
+  for (int chunk = lane; chunk < 2 * tiles; chunk += 32) {
+    const bool in = 16 * tile0 + 8 * chunk < a.k;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      const int row = warp + kWarps * i;
+      const bool there = in && row < a.m;
+      cp_async16_or_zero(smem_address(x_smem + row * stride + 16 * chunk),
+                         there ? x + row * a.ldx + 8 * chunk : a.x, there ? 16 : 0);
+    }
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+template <int MT, int WN>
 __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __grid_constant__ Args a) {
   extern __shared__ __align__(128) std::byte smem[];
-  const Shape s = shape_of(MT, a.m, a.wn, a.split, a.tiles);
+  const Shape s = shape_of(MT, a.own, WN, a.split, a.tiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int rank = static_cast<int>(blockIdx.x) % a.split, column = static_cast<int>(blockIdx.x) / a.split;
-  const int wk = kWarps / a.wn, along_n = warp % a.wn, along_k = warp / a.wn;
-  const int block = block_of(a, column, along_n);
+  const int rank = cluster_rank(), column = cluster_index();
+  constexpr int wk = kWarps / WN;
+  const int along_n = warp % WN, along_k = warp / WN;
+  const int block = block_of<WN>(a, column, along_n);
   const int tile0 = rank * a.tiles;
   const int tiles = max(0, min(a.tiles, a.k_tiles - tile0));
   const int mine = block < a.blocks ? max(0, ceil_div(tiles - along_k, wk)) : 0;  // tiles of this warp
@@ -141,8 +186,10 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
     }
     cp_async_commit();
   }
+  const Place place = place_of<WN>(a, column, rank);
   pdl_trigger();
   pdl_wait();
+  const Ahead ahead = look_ahead(a, place, rank);
 
   float* stats = reinterpret_cast<float*>(smem + s.squares) + a.split * s.own;
   if (a.norm == NormKind::kLayer) {
@@ -150,7 +197,17 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
     __syncthreads();
   }
   float squares[MT] = {};
-  stage_x<MT>(a, smem, s.x_stride, tile0, tiles, stats, squares, warp, lane);
+  if (!a.x_whole) {
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      const int row = warp + kWarps * i;
+      squares[i] = stage_any_row(a, smem + row * s.x_stride, row, tile0, tiles, stats[row], stats[s.rows + row], lane);
+    }
+  } else if (a.norm == NormKind::kNone) {
+    copy_x<MT>(a, smem, s.x_stride, tile0, tiles, warp, lane);
+  } else {
+    stage_x<MT>(a, smem, s.x_stride, tile0, tiles, stats, squares, warp, lane);
+  }
   __syncthreads();
 
   float acc[2][MT][4] = {};
@@ -201,33 +258,44 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
   }
   __syncthreads();
   if (a.split > 1) cluster_wait();
-  send<MT>(a, s, smem, squares, rank, warp, lane);
+  send<MT, WN>(a, s, smem, squares, rank, warp, lane);
   if (a.split > 1) {
     cluster_arrive();
     cluster_wait();
   } else {
     __syncthreads();
   }
-  finish(a, s, smem, rank, column);
+  finish<WN>(a, s, smem, rank, place, ahead);
+}
+
+template <int MT>
+cudaError_t run_rows(const Args& a, const Launch& at) {
+  const int bytes = shape_of(MT, a.own, a.wn, a.split, a.tiles).bytes;
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.blocks, a.wn) * a.split));
+  switch (a.wn) {
+    case 1:
+      return launch_kernel(product<MT, 1>, grid, kThreads, bytes, at, a.split, a);
+    case 2:
+      return launch_kernel(product<MT, 2>, grid, kThreads, bytes, at, a.split, a);
+    case 4:
+      return launch_kernel(product<MT, 4>, grid, kThreads, bytes, at, a.split, a);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
 
 cudaError_t run_product(const Args& a, const Launch& at) {
-  const int mt = row_tiles(a);
-  const int bytes = shape_of(mt, a.m, a.wn, a.split, a.tiles).bytes;
-  const dim3 grid(static_cast<unsigned>(ceil_div(a.blocks, a.wn) * a.split));
-  switch (mt) {
+  switch (row_tiles(a)) {
     case 2:
-      return launch_kernel(product<2>, grid, kThreads, bytes, at, a.split, a);
+      return run_rows<2>(a, at);
     case 4:
-      return launch_kernel(product<4>, grid, kThreads, bytes, at, a.split, a);
+      return run_rows<4>(a, at);
     case 7:
-      return launch_kernel(product<7>, grid, kThreads, bytes, at, a.split, a);
-    case 9:
-      return launch_kernel(product<9>, grid, kThreads, bytes, at, a.split, a);
+      return run_rows<7>(a, at);
     default:
-      return cudaErrorInvalidValue;
+      return run_rows<9>(a, at);
   }
 }
 

@@ -8,6 +8,7 @@ namespace vla::cuda::small {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kBlockRows = 32;  // rows of W (columns of y) a warp handles
+constexpr int kMaxWn = 4;       // warps along n
 constexpr int kDepth = 6;       // weight tiles in flight a warp
 constexpr int kMaxCluster = 8;  // portable cluster size
 
@@ -27,7 +28,8 @@ struct Args {
   int64_t ldx = 0;
   int m = 0, k = 0;
   bool x_f32 = false;
-  bool x_vector = false;  // rows of x can be read 16 bytes at a time
+  bool x_whole = false;      // x is bf16 and can be read 16 bytes at a time, to the end of its rows
+  bool norm_vector = false;  // the norm's weight and bias can be read 16 bytes at a time
   NormKind norm = NormKind::kNone;
   float eps = 0.0f, plus = 0.0f;
   const float* norm_weight = nullptr;
@@ -36,7 +38,9 @@ struct Args {
   int blocks = 0, k_tiles = 0;  // of W: blocks of 32 rows, tiles of 16 columns
   // the split of the work: `wn` warps along n, kWarps / wn along k, `split` thread blocks (a cluster) along k
   int wn = 1, split = 1, tiles = 0;  // tiles: k tiles of one thread block
-  int half = 0;                      // > 0: warps work in pairs of blocks `half` apart (rotary halves)
+  int own = 0, own_inverse = 0;      // rows a block of the cluster finishes; r / own = r * own_inverse >> 16
+  int half = 0,
+      half_shift = 0;  // > 0: warps work in pairs of blocks half = 1 << half_shift apart (rotary halves)
   Mode mode = Mode::kLinear;
   Part part[3];
   int parts = 1;
@@ -80,11 +84,11 @@ struct Shape {
 };
 constexpr int kPitch = 36;  // floats from one row of a partial tile to the next: no bank conflicts
 
-inline __host__ __device__ Shape shape_of(int mt, int m, int wn, int split, int tiles) {
+inline __host__ __device__ Shape shape_of(int mt, int own, int wn, int split, int tiles) {
   Shape s;
   s.rows = 8 * mt;
   s.x_stride = tiles * 32 + 16;
-  s.own = ceil_div(m, split);
+  s.own = own;
   s.ring = round_up(s.rows * s.x_stride, 128);
   const int mainloop = s.ring + kWarps * kDepth * 1024;
   s.partial = 0;
