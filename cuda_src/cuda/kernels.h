@@ -24,9 +24,11 @@ struct Launch {
   int sms = 0;                   // multiprocessors
   int arch = 0;                  // 10 * major + minor of the device
   bool pdl = false;              // the launch before this one in the stream is a kernel of ours
-  int stable_keys = 0;         // attention: rows of k and v, from the first, that no kernel of the loop writes
   std::byte* scratch = nullptr;  // scratch_bytes, 256-byte aligned, shared by all launches of the stream
   size_t scratch_bytes = 0;
+  // Attention in the loop: rows of k and v, from the first, that were written before the loop's first kernel
+  // began and that no kernel of the loop writes. They may be read before pdl_wait().
+  int stable_keys = 0;
 };
 
 constexpr int kSmallRows = 64;

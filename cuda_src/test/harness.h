@@ -1,4 +1,5 @@
-// What the device tests share: matrices known on both sides, random and poisoned, and comparison in double precision.
+// What the device tests share: matrices known on both sides, random and poisoned, and comparison in double
+// precision.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,13 +19,13 @@
 
 namespace vla::test {
 
-#define TEST_CUDA(expression)                                                                     \
-  do {                                                                                            \
-    const cudaError_t error_ = (expression);                                                      \
-    if (error_ != cudaSuccess) {                                                                  \
+#define TEST_CUDA(expression)                                                                      \
+  do {                                                                                             \
+    const cudaError_t error_ = (expression);                                                       \
+    if (error_ != cudaSuccess) {                                                                   \
       std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #expression, cudaGetErrorString(error_)); \
-      std::exit(2);                                                                               \
-    }                                                                                             \
+      std::exit(2);                                                                                \
+    }                                                                                              \
   } while (false)
 
 inline std::mt19937& random_source() {
@@ -68,7 +69,8 @@ class Matrix {
     for (int i = 0; i < rows_; ++i) {
       for (int j = 0; j < cols_; ++j) {
         const size_t k = size_t(i) * ld_ + j;
-        if (dtype_ == DType::kBF16) reinterpret_cast<__nv_bfloat16*>(raw.data())[k] = __float2bfloat16(at(i, j));
+        if (dtype_ == DType::kBF16)
+          reinterpret_cast<__nv_bfloat16*>(raw.data())[k] = __float2bfloat16(at(i, j));
         if (dtype_ == DType::kF32) reinterpret_cast<float*>(raw.data())[k] = at(i, j);
         if (dtype_ == DType::kI32) reinterpret_cast<int*>(raw.data())[k] = int(at(i, j));
       }
@@ -84,7 +86,8 @@ class Matrix {
       for (int64_t j = 0; j < ld_; ++j) {
         const size_t k = size_t(i) * ld_ + j;
         if (j >= cols_) {
-          for (size_t b = 0; b < size_of(dtype_); ++b) spilled |= raw[k * size_of(dtype_) + b] != std::byte{0xff};
+          for (size_t b = 0; b < size_of(dtype_); ++b)
+            spilled |= raw[k * size_of(dtype_) + b] != std::byte{0xff};
         } else if (dtype_ == DType::kBF16) {
           out[size_t(i) * cols_ + j] = __bfloat162float(reinterpret_cast<__nv_bfloat16*>(raw.data())[k]);
         } else {

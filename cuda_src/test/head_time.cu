@@ -1,4 +1,5 @@
-// Times a whole denoising loop of random weights under one CUDA graph, and what each operation's split is worth.
+// Times a whole denoising loop of random weights under one CUDA graph, and what each operation's split is
+// worth.
 //   head_time [sweep]     sweep: tries every split of every product in place, one operation after another
 #include <cstring>
 #include <map>
@@ -37,9 +38,13 @@ class Head {
  public:
   explicit Head(const Sizes& s) : s_(s) {
     const int q = s.heads * s.d, kv = s.kv_heads * s.d, total = s.prefix + s.rows;
-    const View actions = matrix(s.rows, 32, DType::kF32, 1.0f), previous = matrix(s.rows, 32, DType::kF32, 1.0f);
+    actions_ = matrix(s.rows, 32, DType::kF32, 1.0f);
+    start_.resize(size_t(s.rows) * 32);
+    TEST_CUDA(cudaMemcpy(start_.data(), actions_.base, start_.size() * 4, cudaMemcpyDeviceToHost));
+    const View actions = actions_, previous = matrix(s.rows, 32, DType::kF32, 1.0f);
     const View guide = matrix(s.rows, 1, DType::kF32, 0.0f), scalar = matrix(1, 1, DType::kF32, 0.0f);
-    const View x = matrix(s.rows, s.width, DType::kBF16, 1.0f), x2 = matrix(s.rows, s.width, DType::kBF16, 1.0f);
+    const View x = matrix(s.rows, s.width, DType::kBF16, 1.0f),
+               x2 = matrix(s.rows, s.width, DType::kBF16, 1.0f);
     const View h = matrix(s.rows, s.mlp, DType::kBF16, 1.0f), queries = matrix(s.rows, q, DType::kBF16, 1.0f);
     const View mixed = matrix(s.rows, q, DType::kBF16, 1.0f), rope = matrix(total, s.d, DType::kF32, 0.5f);
     positions_ = std::make_unique<Matrix>(total, 1, DType::kI32);
@@ -47,7 +52,13 @@ class Head {
     blocks_ = std::make_unique<Matrix>(total, 1, DType::kI32);
     blocks_->fill([&](int i, int) { return i < s.prefix ? 0.0f : 1.0f; });
     const View own = rows_of(positions_->view(), s.prefix, s.rows);
-    add("in", Linear{matrix_f32_of(actions), matrix(1, s.width, DType::kF32, 0.1f), {}, {}, x, {}, weight({s.width}, 32)});
+    add("in", Linear{matrix_f32_of(actions),
+                     matrix(1, s.width, DType::kF32, 0.1f),
+                     {},
+                     {},
+                     x,
+                     {},
+                     weight({s.width}, 32)});
     for (int i = 0; i < s.layers; ++i) {
       const View k = matrix(total, kv, DType::kBF16, 1.0f), v = matrix(total, kv, DType::kBF16, 1.0f);
       const bool cross = s.cross && i % 2;
@@ -59,8 +70,12 @@ class Head {
       add(cross ? "q" : "qkv", qkv);
       const int keys = cross ? s.prefix : total;
       const View key_block = rows_of(blocks_->view(), 0, keys);
-      Attention a{queries, rows_of(k, 0, keys), rows_of(v, 0, keys), rows_of(blocks_->view(), s.prefix, s.rows),
-                  key_block, mixed};
+      Attention a{queries,
+                  rows_of(k, 0, keys),
+                  rows_of(v, 0, keys),
+                  rows_of(blocks_->view(), s.prefix, s.rows),
+                  key_block,
+                  mixed};
       a.head_dim = s.d;
       add("attention", a);
       add("o", Linear{mixed, {}, x, gate, x2, {}, weight({s.width}, q)});
@@ -71,7 +86,8 @@ class Head {
       add("down", Linear{h, {}, x2, gate, x, {}, weight({s.width}, s.mlp)});
     }
     Euler e;
-    e.h = x, e.bias = matrix(1, 32, DType::kF32, 0.1f), e.x = actions, e.previous = previous, e.weight = guide;
+    e.h = x, e.bias = matrix(1, 32, DType::kF32, 0.1f), e.x = actions, e.previous = previous,
+    e.weight = guide;
     e.gain = scalar, e.time = scalar, e.norm = norm(), e.w = weight({32}, s.width), e.dt = -0.1f;
     add("euler", e);
   }
@@ -81,7 +97,8 @@ class Head {
 
   std::map<std::string, std::pair<int, int>> splits;  // by kind; others are chosen
 
-  // Microseconds of the loop: replays of one graph, sorted; empty where a split does not fit. `only`: one kind.
+  // Microseconds of the loop: replays of one graph, sorted; empty where a split does not fit. `only`: one
+  // kind.
   std::vector<float> time(Launch at, int warm_up, int count, const std::string& only = "") {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
@@ -105,6 +122,14 @@ class Head {
     }
     TEST_CUDA(cudaGraphDestroy(graph));
     return times;
+  }
+  // The actions after one loop from the same start.
+  std::vector<float> result(const Launch& at) {
+    TEST_CUDA(cudaMemcpy(actions_.base, start_.data(), start_.size() * 4, cudaMemcpyHostToDevice));
+    std::vector<float> out(start_.size());
+    time(at, 0, 1);
+    TEST_CUDA(cudaMemcpy(out.data(), actions_.base, out.size() * 4, cudaMemcpyDeviceToHost));
+    return out;
   }
   size_t weight_bytes() const { return weight_bytes_; }
   size_t launches() const { return ops_.size() * s_.steps; }
@@ -138,7 +163,9 @@ class Head {
               return true;
             }
           }
-          if constexpr (requires { cuda::launch_small(o, at); }) TEST_CUDA(cuda::launch_small(o, at));
+          Launch here = at;
+          here.stable_keys = s_.prefix;
+          if constexpr (requires { cuda::launch_small(o, at); }) TEST_CUDA(cuda::launch_small(o, here));
           return true;
         },
         t.op);
@@ -186,6 +213,8 @@ class Head {
   std::vector<Timed> ops_;
   std::vector<void*> memory_;
   std::unique_ptr<Matrix> positions_, blocks_;
+  View actions_;
+  std::vector<float> start_;
   size_t weight_bytes_ = 0;
   unsigned seed_ = 1;
 };
@@ -194,8 +223,8 @@ float median(const std::vector<float>& t) { return t[t.size() / 2]; }
 
 void print(const char* name, const std::vector<float>& t, const Head& head) {
   const auto at = [&](double q) { return t[size_t(q * (t.size() - 1))]; };
-  std::printf("%-28s p50 %7.1f p95 %7.1f p99 %7.1f max %7.1f us  %.2f us a launch  %.2f TB/s of weights\n", name, at(0.5),
-              at(0.95), at(0.99), t.back(), at(0.5) / float(head.launches()),
+  std::printf("%-28s p50 %7.1f p95 %7.1f p99 %7.1f max %7.1f us  %.2f us a launch  %.2f TB/s of weights\n",
+              name, at(0.5), at(0.95), at(0.99), t.back(), at(0.5) / float(head.launches()),
               double(head.weight_bytes()) * 10 / at(0.5) * 1e-6);
 }
 
@@ -247,16 +276,25 @@ int main(int argc, char** argv) {
     std::printf("%s: %.1f MB of weights a step, %zu launches\n", s.name, double(head.weight_bytes()) * 1e-6,
                 head.launches());
     print("  plain launches", head.time(at, 5, 50), head);
+    const std::vector<float> plain = head.result(at);
     at.pdl = true;
+    bool same = true, finite = true;
+    for (int i = 0; i < 20; ++i) same &= head.result(at) == plain;
+    for (float f : plain) finite &= std::isfinite(f);
+    std::printf("  the same bits with dependent launches: %s; finite: %s\n", same ? "yes" : "NO",
+                finite ? "yes" : "NO");
     print("  dependent launches", head.time(at, 20, 200), head);
     for (const char* kind : {"qkv", "q", "attention", "o", "gated", "down"}) {
       const std::vector<float> t = head.time(at, 3, 20, kind);
-      const int count = std::strcmp(kind, "q") == 0 && !s.cross ? 0 : (s.cross && kind[0] == 'q' ? s.layers / 2 : s.layers) * s.steps;
+      const int count = std::strcmp(kind, "q") == 0 && !s.cross
+                            ? 0
+                            : (s.cross && kind[0] == 'q' ? s.layers / 2 : s.layers) * s.steps;
       if (count) std::printf("    %s alone: %.2f us\n", kind, median(t) / float(count));
     }
     if (sweeping && s.rows >= 50) {
-      sweep(head, at, s.cross ? std::vector<std::string>{"gated", "down", "qkv", "q", "o", "euler", "in"}
-                              : std::vector<std::string>{"gated", "down", "qkv", "o", "euler", "in"});
+      sweep(head, at,
+            s.cross ? std::vector<std::string>{"gated", "down", "qkv", "q", "o", "euler", "in"}
+                    : std::vector<std::string>{"gated", "down", "qkv", "o", "euler", "in"});
       print("  after the sweep", head.time(at, 20, 200), head);
     }
     at.pdl = false;

@@ -1,5 +1,5 @@
-// Every kernel for few rows against double precision, on fresh random inputs: odd sizes, strided views, every split
-// of the work, poisoned outputs, the same bits each time. Exit code 0 when all hold.
+// Every kernel for few rows against double precision, on fresh random inputs: odd sizes, strided views, every
+// split of the work, poisoned outputs, the same bits each time. Exit code 0 when all hold.
 //   small_check [quick]    quick: one split each, for compute-sanitizer
 #include <algorithm>
 #include <cstring>
@@ -20,11 +20,14 @@ struct NormCase {
   bool weight = false, bias = false;
   float plus = 0.0f;
 };
-const NormCase kNoNorm, kPlainRms{NormKind::kRms, true, false, 0.0f}, kAdaptive{NormKind::kRms, true, true, 1.0f},
-    kLayerNorm{NormKind::kLayer, true, true, 0.0f}, kBareRms{NormKind::kRms, false, false, 0.0f};
+const NormCase kNoNorm, kPlainRms{NormKind::kRms, true, false, 0.0f},
+    kAdaptive{NormKind::kRms, true, true, 1.0f}, kLayerNorm{NormKind::kLayer, true, true, 0.0f},
+    kBareRms{NormKind::kRms, false, false, 0.0f};
 
 using Owned = std::unique_ptr<Matrix>;
-Owned make(int rows, int cols, DType type, int extra = 0) { return std::make_unique<Matrix>(rows, cols, type, extra); }
+Owned make(int rows, int cols, DType type, int extra = 0) {
+  return std::make_unique<Matrix>(rows, cols, type, extra);
+}
 
 struct Normed {
   Owned weight, bias;
@@ -78,7 +81,8 @@ struct Packed {
         for (int c = 0; c < k; ++c) parts.back()->at(r, c) = round_bf16(parts.back()->at(r, c));
       }
       parts.back()->send();
-      raw.push_back({parts.back()->view().base, parts.back()->view().dtype, n[i], k, parts.back()->view().ld});
+      raw.push_back(
+          {parts.back()->view().base, parts.back()->view().dtype, n[i], k, parts.back()->view().ld});
     }
     const size_t bytes = cuda::packed_bytes_small(packing, n, k);
     TEST_CUDA(cudaMalloc(&data, bytes));
@@ -103,7 +107,8 @@ struct Packed {
 
 double act_of(double x, Act act) {
   if (act == Act::kSilu) return x / (1.0 + std::exp(-x));
-  if (act == Act::kGeluTanh) return 0.5 * x * (1.0 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+  if (act == Act::kGeluTanh)
+    return 0.5 * x * (1.0 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
   return x;
 }
 
@@ -112,8 +117,8 @@ struct Suite {
   bool quick = false;
   Report report;
 
-  // Runs `op` with the split that would be chosen, then (unless quick) with every other; `outputs` are poisoned or,
-  // where `reset` is given, reset before each run, and compared with `expected` after it.
+  // Runs `op` with the split that would be chosen, then (unless quick) with every other; `outputs` are
+  // poisoned or, where `reset` is given, reset before each run, and compared with `expected` after it.
   template <typename O>
   void run(const std::string& name, const O& op, int m, const std::vector<Matrix*>& outputs,
            const std::vector<std::vector<double>>& expected, double limit = kLimit,
@@ -125,8 +130,8 @@ struct Suite {
     const auto compare = [&](const std::string& what) {
       TEST_CUDA(cudaStreamSynchronize(at.stream));
       for (size_t i = 0; i < outputs.size(); ++i) {
-        report.check(name + what + " output " + std::to_string(i), relative_error(outputs[i]->fetch(), expected[i]),
-                     limit);
+        report.check(name + what + " output " + std::to_string(i),
+                     relative_error(outputs[i]->fetch(), expected[i]), limit);
       }
     };
     prepare();
@@ -165,7 +170,8 @@ struct Suite {
     float scale = 1.0f;
   };
   void linear(const LinearCase& c) {
-    const std::string name = "linear " + std::to_string(c.m) + " " + std::to_string(c.k) + " " + std::to_string(c.n);
+    const std::string name =
+        "linear " + std::to_string(c.m) + " " + std::to_string(c.k) + " " + std::to_string(c.n);
     const DType f32 = DType::kF32, act = DType::kBF16;
     Matrix x(c.m, c.k, c.x_f32 ? f32 : act, c.k % 8 ? 1 : 8), out(c.m, c.n, c.out_f32 ? f32 : act, 5);
     x.normal(1.5f, 0.3f);
@@ -174,7 +180,8 @@ struct Suite {
     Matrix bias(1, c.n, f32), gate(1, c.n, f32), residual(std::max(1, c.residual), c.n, act, 2);
     bias.normal(), gate.normal(), residual.normal();
     Linear op;
-    op.x = x.view(), op.out = out.view(), op.norm = n.norm, op.w = w.weight, op.act = c.act, op.scale = c.scale;
+    op.x = x.view(), op.out = out.view(), op.norm = n.norm, op.w = w.weight, op.act = c.act,
+    op.scale = c.scale;
     if (c.bias) op.bias = bias.view();
     if (c.gate) op.gate = gate.view();
     if (c.residual) op.residual = residual.view();
@@ -203,7 +210,8 @@ struct Suite {
     op.x = x.view(), op.out = out.view(), op.norm = nx.norm, op.w = w.weight, op.act = act;
     std::vector<double> g = w.times(nx.y, m, 0), u = w.times(nx.y, m, 1);
     for (size_t i = 0; i < g.size(); ++i) g[i] = act_of(g[i], act) * u[i];
-    run("gated " + std::to_string(m) + " " + std::to_string(k) + " " + std::to_string(n), op, m, {&out}, {g}, 5e-3);
+    run("gated " + std::to_string(m) + " " + std::to_string(k) + " " + std::to_string(n), op, m, {&out}, {g},
+        5e-3);
   }
 
   void qkv(int m, int k, const std::vector<int>& heads, int d, const NormCase& norm, bool rope, bool bias) {
@@ -254,12 +262,13 @@ struct Suite {
       expected.push_back(std::move(y));
       outputs.push_back(owned.back().get());
     }
-    run("qkv " + std::to_string(m) + " " + std::to_string(k) + " head " + std::to_string(d), op, m, outputs, expected);
+    run("qkv " + std::to_string(m) + " " + std::to_string(k) + " head " + std::to_string(d), op, m, outputs,
+        expected);
   }
 
   void euler(int m, int k, int n, bool guided) {
-    Matrix h(m, k, DType::kBF16), x(m, n, DType::kF32), previous(m, n, DType::kF32), weight(m, 1, DType::kF32),
-        gain(1, 1, DType::kF32), time(1, 1, DType::kF32), bias(1, n, DType::kF32);
+    Matrix h(m, k, DType::kBF16), x(m, n, DType::kF32), previous(m, n, DType::kF32),
+        weight(m, 1, DType::kF32), gain(1, 1, DType::kF32), time(1, 1, DType::kF32), bias(1, n, DType::kF32);
     h.normal(2.0f), x.normal(), previous.normal(), bias.normal();
     weight.fill([&](int i, int) { return guided && i < m / 2 ? 1.0f - float(i) / float(m) : 0.0f; });
     gain.fill([](int, int) { return 3.5f; });
@@ -284,14 +293,17 @@ struct Suite {
 
   void attention(int m, int n, int heads, int kv_heads, int d, int batch, bool blocks) {
     const std::string name = "attention " + std::to_string(m) + " over " + std::to_string(n) + " heads " +
-                             std::to_string(heads) + "/" + std::to_string(kv_heads) + " of " + std::to_string(d);
+                             std::to_string(heads) + "/" + std::to_string(kv_heads) + " of " +
+                             std::to_string(d);
     Matrix q(batch * m, heads * d, DType::kBF16, 8), k(batch * n, kv_heads * d, DType::kBF16, 16),
         v(batch * n, kv_heads * d, DType::kBF16, 8), out(batch * m, heads * d, DType::kBF16, 8),
         q_block(m, 1, DType::kI32), k_block(n, 1, DType::kI32);
     q.normal(1.5f), k.normal(), v.normal(1.0f, 0.5f);
     // the first query sees nothing; some keys are seen by none; later keys by later queries
     q_block.fill([&](int i, int) { return float(i - 1); });
-    k_block.fill([&](int j, int) { return j % 7 == 3 ? float(1 << 30) : j < n / 2 ? 0.0f : float(j % (m + 1)); });
+    k_block.fill([&](int j, int) {
+      return j % 7 == 3 ? float(1 << 30) : j < n / 2 ? 0.0f : float(j % (m + 1));
+    });
     Attention op;
     op.q = q.view(), op.k = k.view(), op.v = v.view(), op.out = out.view();
     op.head_dim = d, op.batch = batch;
@@ -311,7 +323,8 @@ struct Suite {
         if (top == -INFINITY) continue;
         for (double& s : p) s = std::exp(s - top), sum += s;
         for (int j = 0; j < n; ++j) {
-          for (int c = 0; c < d; ++c) y[size_t(b * m + i) * heads * d + h * d + c] += p[j] / sum * v.at(b * n + j, g * d + c);
+          for (int c = 0; c < d; ++c)
+            y[size_t(b * m + i) * heads * d + h * d + c] += p[j] / sum * v.at(b * n + j, g * d + c);
         }
       }
     });

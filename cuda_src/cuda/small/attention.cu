@@ -5,6 +5,8 @@
 // its blocks takes a range of keys, in chunks that fit shared memory, with a running maximum (Milakov and
 // Gimelshein 2018). The blocks then send their sums (rows, d), maxima and denominators to the block that
 // finishes the row, which adds them in rank order. q k^T and p v are on the matrix unit, p as bfloat16.
+#include <climits>
+
 #include "../common.cuh"
 
 namespace vla::cuda {
@@ -15,7 +17,8 @@ namespace {
 
 constexpr int kAttentionWarps = 8;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kMaxSplit = 8;
+constexpr int kMaxSplit = 8;    // a power of two
+constexpr int kMaxChunk = 128;  // keys at a time
 
 struct AttentionArgs {
   const bf16 *q = nullptr, *k = nullptr, *v = nullptr;
@@ -24,7 +27,9 @@ struct AttentionArgs {
   int64_t ld_q = 0, ld_k = 0, ld_v = 0, ld_out = 0, ld_q_block = 0, ld_k_block = 0;
   int m = 0, n = 0, group = 1;  // queries, keys of a batch element; query heads a key head
   int split = 1, keys = 0,
-      chunk = 0;  // blocks of the cluster; keys of a block; keys at a time (multiple of 16)
+      chunk = 0;   // blocks of the cluster; keys of a block; keys at a time (multiple of 16)
+  int stable = 0;  // keys that may be read early
+  int row_tiles = 1, own_shift = 0;  // tiles of kRows rows a key head; kRows / split = 1 << own_shift
   float scale = 1.0f;
 };
 
@@ -33,10 +38,10 @@ struct AttentionShape {
   static constexpr int kDepth = round_up(D, 16);  // d in shared memory, zero-filled
   static constexpr int kStride = kDepth + 8;      // bf16: odd number of 16-byte units
   int k, v, scores, probabilities, state, received, bytes;
-  int own;  // rows a block finishes
+  int own;  // rows a block finishes, a power of two
 
   __host__ __device__ AttentionShape(int chunk, int split) {
-    own = ceil_div(kRows, split);
+    own = kRows / split;
     k = kRows * kStride * 2;
     v = k + chunk * kStride * 2;
     scores = v + chunk * kStride * 2;
@@ -45,8 +50,9 @@ struct AttentionShape {
     received = 0;  // over q, k and v, when all blocks are done with them: [split][own][D]
     const int reduction = split * own * D * 4;
     state = round_up(mainloop > reduction ? mainloop : reduction, 128);
-    // maximum, denominator, rescaling of each row; then received maxima and denominators [split][own] each
-    bytes = state + (3 * kRows + 2 * split * own) * 4;
+    // maximum, denominator, rescaling, block of each row; received maxima and denominators [split][own]; key
+    // blocks
+    bytes = state + (4 * kRows + 2 * split * own + chunk) * 4;
   }
 };
 
@@ -62,16 +68,24 @@ __device__ __forceinline__ void stage(std::byte* to, const bf16* from, int64_t l
   }
 }
 
+// Sends row `row`'s numbers to the block that finishes it.
+struct Owner {
+  int rank, local;
+  __device__ Owner(int row, int own_shift) : rank(row >> own_shift), local(row & ((1 << own_shift) - 1)) {}
+};
+
 template <int D, int kRows>
 __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_constant__ AttentionArgs a) {
   extern __shared__ __align__(128) std::byte smem[];
   using Shape = AttentionShape<D, kRows>;
   constexpr int kStride = Shape::kStride, kDepth = Shape::kDepth;
   constexpr int kRowTiles = kRows / 16, kGroups = kAttentionWarps / kRowTiles;
-  constexpr int kTiles = ceil_div(D / 8, kGroups);  // of 8 columns of the output, a warp
+  constexpr int kTiles = ceil_div(D / 8, kGroups);    // tiles of 8 columns of the output a warp has
+  constexpr int kKeyTiles = kMaxChunk / 8 / kGroups;  // tiles of 8 keys of a chunk a warp has, at most
+  constexpr int kLanes = kAttentionThreads / kRows;   // lanes that share a row's softmax
   const Shape s(a.chunk, a.split);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int rank = static_cast<int>(blockIdx.x) % a.split, tile = static_cast<int>(blockIdx.x) / a.split;
+  const int rank = cluster_rank(), tile = cluster_index();
   const int kv_head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
   const int rows = a.m * a.group, row0 = tile * kRows;
   const int key0 = rank * a.keys, key_end = min(a.n, key0 + a.keys);
@@ -81,87 +95,120 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
   bf16* probabilities = reinterpret_cast<bf16*>(smem + s.probabilities);
   float* top = reinterpret_cast<float*>(smem + s.state);
   float *denominator = top + kRows, *rescale = denominator + kRows;
-  float *received_top = rescale + kRows, *received_denominator = received_top + a.split * s.own;
+  int* row_block = reinterpret_cast<int*>(rescale + kRows);
+  float *received_top = rescale + 2 * kRows, *received_denominator = received_top + kRows;
+  int* key_block = reinterpret_cast<int*>(received_denominator + kRows);
   const int score_pitch = a.chunk + 4, p_pitch = a.chunk + 8;
 
+  const bool early = key0 < key_end && min(key_end, key0 + a.chunk) <= a.stable;
+  if (early) {
+    const int count = min(a.chunk, key_end - key0), padded = round_up(count, 16);
+    stage<D>(smem + s.k, k + key0 * a.ld_k, a.ld_k, count, padded);
+    stage<D>(smem + s.v, v + key0 * a.ld_v, a.ld_v, count, padded);
+  }
   pdl_trigger();
   pdl_wait();
-  for (int i = threadIdx.x; i < kRows * (kDepth / 8); i += kAttentionThreads) {
-    const int row = i / (kDepth / 8), c = i % (kDepth / 8), r = row0 + row;
-    const bool in = r < rows && c * 8 < D;
-    const bf16* from = a.q;
-    if (in) {
-      from +=
-          (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_q + (kv_head * a.group + r / a.m) * D + c * 8;
+  for (int row = warp; row < kRows; row += kAttentionWarps) {
+    const int r = row0 + row, head = r / a.m, query = r - head * a.m;  // the same for the whole warp
+    const bf16* from =
+        a.q + (static_cast<int64_t>(batch) * a.m + query) * a.ld_q + (kv_head * a.group + head) * D;
+#pragma unroll
+    for (int c = lane; c < kDepth / 8; c += 32) {
+      const bool in = r < rows && c * 8 < D;
+      cp_async16_or_zero(smem_address(smem + row * kStride * 2 + c * 16), in ? from + c * 8 : a.q,
+                         in ? 16 : 0);
     }
-    cp_async16_or_zero(smem_address(smem + row * kStride * 2 + c * 16), from, in ? 16 : 0);
-  }
-  if (threadIdx.x < kRows) {
-    top[threadIdx.x] = -INFINITY;
-    denominator[threadIdx.x] = 0.0f;
+    if (lane == 0) {
+      top[row] = -INFINITY;
+      denominator[row] = 0.0f;
+      // a row past the end sees nothing
+      row_block[row] = r >= rows              ? INT_MIN
+                       : a.q_block != nullptr ? a.q_block[query * a.ld_q_block]
+                                              : INT_MAX - 1;
+    }
   }
   float acc[kTiles][4] = {};
   const int row_tile = warp % kRowTiles, part = warp / kRowTiles;
 
   for (int start = key0; start < key_end; start += a.chunk) {
     const int count = min(a.chunk, key_end - start), padded = round_up(count, 16);
-    stage<D>(smem + s.k, k + start * a.ld_k, a.ld_k, count, padded);
+    if (!early || start != key0) {
+      stage<D>(smem + s.k, k + start * a.ld_k, a.ld_k, count, padded);
+      cp_async_commit();
+      stage<D>(smem + s.v, v + start * a.ld_v, a.ld_v, count, padded);
+    } else {
+      cp_async_commit();
+    }
     cp_async_commit();
-    stage<D>(smem + s.v, v + start * a.ld_v, a.ld_v, count, padded);
-    cp_async_commit();
+    for (int j = threadIdx.x; j < padded; j += kAttentionThreads) {
+      key_block[j] = j >= count             ? INT_MAX
+                     : a.k_block != nullptr ? a.k_block[(start + j) * a.ld_k_block]
+                                            : INT_MIN + 1;
+    }
     cp_async_wait<1>();
     __syncthreads();
 
-    // scores: 16 rows by 8 keys at a time
-    for (int t = part; t < padded / 8; t += kGroups) {
-      float c[4] = {};
+    // scores: 16 rows by up to kKeyTiles tiles of 8 keys, together to hide the matrix unit's latency
+    {
+      float c[kKeyTiles][4] = {};
       const uint32_t q_at = smem_address(smem) + ((row_tile * 16 + lane % 16) * kStride + lane / 16 * 8) * 2;
-      const uint32_t k_at = smem_address(smem + s.k) + ((t * 8 + lane % 8) * kStride + lane / 8 * 8) * 2;
+      const uint32_t k_at = smem_address(smem + s.k) + ((part * 8 + lane % 8) * kStride + lane / 8 * 8) * 2;
 #pragma unroll
       for (int d = 0; d < kDepth; d += 32) {
-        uint32_t qf[4], kf[4];
-        if (d + 32 <= kDepth) {
-          ldmatrix_x4(kf, k_at + d * 2);
-          ldmatrix_x4(qf, q_at + d * 2);
-          mma_16816(c, qf, kf[0], kf[1]);
-          ldmatrix_x4(qf, q_at + d * 2 + 32);
-          mma_16816(c, qf, kf[2], kf[3]);
-        } else {
-          uint32_t half[2];
-          ldmatrix_x2(half,
-                      smem_address(smem + s.k) + ((t * 8 + lane % 8) * kStride + lane / 8 % 2 * 8 + d) * 2);
-          ldmatrix_x4(qf, q_at + d * 2);
-          mma_16816(c, qf, half[0], half[1]);
+        uint32_t q0[4], q1[4];
+        ldmatrix_x4(q0, q_at + d * 2);
+        if (d + 32 <= kDepth) ldmatrix_x4(q1, q_at + d * 2 + 32);
+#pragma unroll
+        for (int i = 0; i < kKeyTiles; ++i) {
+          if ((part + i * kGroups) * 8 < padded) {
+            const uint32_t at = k_at + (i * kGroups * 8 * kStride + d) * 2;
+            if (d + 32 <= kDepth) {
+              uint32_t kf[4];
+              ldmatrix_x4(kf, at);
+              mma_16816(c[i], q0, kf[0], kf[1]);
+              mma_16816(c[i], q1, kf[2], kf[3]);
+            } else {
+              uint32_t kf[2];
+              ldmatrix_x2(kf, lane < 16 ? at : k_at);
+              mma_16816(c[i], q0, kf[0], kf[1]);
+            }
+          }
         }
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int row = row_tile * 16 + lane / 4 + j / 2 * 8, key = t * 8 + lane % 4 * 2 + j % 2;
-        bool seen = key < count && row0 + row < rows;
-        if (seen && a.q_block != nullptr) {
-          seen = a.k_block[(start + key) * a.ld_k_block] <= a.q_block[(row0 + row) % a.m * a.ld_q_block];
+      for (int i = 0; i < kKeyTiles; ++i) {
+        const int t = part + i * kGroups;
+        if (t * 8 < padded) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int row = row_tile * 16 + lane / 4 + j / 2 * 8, key = t * 8 + lane % 4 * 2 + j % 2;
+            scores[row * score_pitch + key] =
+                key_block[key] <= row_block[row] ? c[i][j] * a.scale : -INFINITY;
+          }
         }
-        scores[row * score_pitch + key] = seen ? c[j] * a.scale : -INFINITY;
       }
     }
     __syncthreads();
 
-    // softmax of this chunk: a warp a row
-    for (int row = warp; row < kRows; row += kAttentionWarps) {
-      float largest = top[row];
-      const float before = largest;
-      for (int j = lane; j < padded; j += 32) largest = fmaxf(largest, scores[row * score_pitch + j]);
-      largest = warp_max(largest);
+    // softmax of this chunk: kLanes neighbours share a row
+    {
+      const int row = threadIdx.x / kLanes, first = threadIdx.x % kLanes;
+      const float before = top[row];
+      float largest = before;
+      for (int j = first; j < padded; j += kLanes) largest = fmaxf(largest, scores[row * score_pitch + j]);
+#pragma unroll
+      for (int o = kLanes / 2; o > 0; o >>= 1)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, o));
       const float base = largest == -INFINITY ? 0.0f : largest;
       float sum = 0.0f;
-      for (int j = lane; j < padded; j += 32) {
+      for (int j = first; j < padded; j += kLanes) {
         const float p = __expf(scores[row * score_pitch + j] - base);
         probabilities[row * p_pitch + j] = __float2bfloat16(p);
         sum += p;
       }
-      sum = warp_sum(sum);
-      __syncwarp();
-      if (lane == 0) {
+#pragma unroll
+      for (int o = kLanes / 2; o > 0; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+      if (first == 0) {
         const float factor = __expf(before - base);
         rescale[row] = factor;
         denominator[row] = denominator[row] * factor + sum;
@@ -199,21 +246,21 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
   if (a.split > 1) cluster_wait();
   const uint32_t received = smem_address(smem + s.received);
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    const int column = (part * kTiles + j) * 8 + lane % 4 * 2;
-    if (column < D) {
+  for (int h = 0; h < 2; ++h) {
+    const Owner owner(row_tile * 16 + lane / 4 + 8 * h, a.own_shift);
+    const uint32_t at = cluster_address(received + (rank * s.own + owner.local) * D * 4, owner.rank);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row_tile * 16 + lane / 4 + 8 * h;
-        const uint32_t at = received + ((rank * s.own + row % s.own) * D + column) * 4;
-        cluster_store2(cluster_address(at, row / s.own), acc[j][2 * h], acc[j][2 * h + 1]);
-      }
+    for (int j = 0; j < kTiles; ++j) {
+      const int column = (part * kTiles + j) * 8 + lane % 4 * 2;
+      if (column < D) cluster_store2(at + column * 4, acc[j][2 * h], acc[j][2 * h + 1]);
     }
   }
   if (threadIdx.x < kRows) {
-    const int row = threadIdx.x, at = rank * s.own + row % s.own;
-    cluster_store(cluster_address(smem_address(received_top + at), row / s.own), top[row]);
-    cluster_store(cluster_address(smem_address(received_denominator + at), row / s.own), denominator[row]);
+    const Owner owner(threadIdx.x, a.own_shift);
+    const int at = rank * s.own + owner.local;
+    cluster_store(cluster_address(smem_address(received_top + at), owner.rank), top[threadIdx.x]);
+    cluster_store(cluster_address(smem_address(received_denominator + at), owner.rank),
+                  denominator[threadIdx.x]);
   }
   if (a.split > 1) {
     cluster_arrive();
@@ -222,42 +269,49 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
     __syncthreads();
   }
   const float* sums = reinterpret_cast<const float*>(smem + s.received);
-  const int mine = min(s.own, kRows - rank * s.own);
-  for (int i = threadIdx.x; i < mine * (D / 2); i += kAttentionThreads) {
+  for (int i = threadIdx.x; i < s.own * (D / 2); i += kAttentionThreads) {
     const int local = i / (D / 2), c = i % (D / 2) * 2, r = row0 + rank * s.own + local;
     if (r >= rows) continue;
     float largest = -INFINITY, total = 0.0f, x = 0.0f, y = 0.0f;
-    for (int b = 0; b < a.split; ++b) largest = fmaxf(largest, received_top[b * s.own + local]);
-    for (int b = 0; b < a.split; ++b) {
-      const float t = received_top[b * s.own + local];
-      const float factor = t == -INFINITY ? 0.0f : __expf(t - largest);
-      total += factor * received_denominator[b * s.own + local];
-      const float2 v2 = *reinterpret_cast<const float2*>(sums + (b * s.own + local) * D + c);
-      x += factor * v2.x, y += factor * v2.y;
+#pragma unroll
+    for (int b = 0; b < kMaxSplit; ++b) {
+      if (b < a.split) largest = fmaxf(largest, received_top[b * s.own + local]);
+    }
+#pragma unroll
+    for (int b = 0; b < kMaxSplit; ++b) {
+      if (b < a.split) {
+        const float t = received_top[b * s.own + local];
+        const float factor = t == -INFINITY ? 0.0f : __expf(t - largest);
+        total += factor * received_denominator[b * s.own + local];
+        const float2 v2 = *reinterpret_cast<const float2*>(sums + (b * s.own + local) * D + c);
+        x += factor * v2.x, y += factor * v2.y;
+      }
     }
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-    bf16* out = a.out + (static_cast<int64_t>(batch) * a.m + r % a.m) * a.ld_out +
-                (kv_head * a.group + r / a.m) * D + c;
+    const int head = r / a.m, query = r - head * a.m;
+    bf16* out =
+        a.out + (static_cast<int64_t>(batch) * a.m + query) * a.ld_out + (kv_head * a.group + head) * D + c;
     *reinterpret_cast<uint32_t*>(out) = pack2(x * inverse, y * inverse);
   }
 }
 
 template <int D, int kRows>
 cudaError_t run_attention(AttentionArgs a, int kv_heads, int batch, const Launch& at) {
-  const int tiles = ceil_div(a.m * a.group, kRows);
-  const int largest = at.arch >= 90 ? 227 * 1024 : at.arch == 80 ? 163 * 1024 : 99 * 1024;
-  const int room = ceil_div(at.sms, tiles * kv_heads * batch);
-  int split = at.arch >= 90 ? room : 1;
-  if (split > kMaxSplit) split = kMaxSplit;
-  if (split > ceil_div(a.n, 32)) split = ceil_div(a.n, 32);
-  a.keys = round_up(ceil_div(a.n, split), 8);
-  a.split = ceil_div(a.n, a.keys);
+  a.row_tiles = ceil_div(a.m * a.group, kRows);
+  const int largest = at.arch == 90 || at.arch == 100 ? 227 * 1024 : at.arch == 80 ? 163 * 1024 : 99 * 1024;
+  // as many blocks as there are multiprocessors, each with 32 keys or more; a power of two, so rows divide
+  // evenly
+  a.split = 1, a.own_shift = kRows == 32 ? 5 : 4;
+  while (at.arch >= 90 && a.split < kMaxSplit && 2 * a.split * 32 <= a.n + 16 &&
+         2 * a.split * a.row_tiles * kv_heads * batch <= at.sms + at.sms / 8) {
+    a.split *= 2, --a.own_shift;
+  }
+  a.keys = round_up(ceil_div(a.n, a.split), 8);
   a.chunk = round_up(a.keys, 16);
-  const int ceiling = at.arch >= 90 ? 128 : 64;
-  if (a.chunk > ceiling) a.chunk = ceiling;
+  if (a.chunk > kMaxChunk) a.chunk = kMaxChunk;
   while (a.chunk > 16 && AttentionShape<D, kRows>(a.chunk, a.split).bytes > largest) a.chunk -= 16;
   const AttentionShape<D, kRows> shape(a.chunk, a.split);
-  const dim3 grid(static_cast<unsigned>(tiles * a.split), static_cast<unsigned>(kv_heads),
+  const dim3 grid(static_cast<unsigned>(a.row_tiles * a.split), static_cast<unsigned>(kv_heads),
                   static_cast<unsigned>(batch));
   return launch_kernel(attention<D, kRows>, grid, kAttentionThreads, shape.bytes, at, a.split, a);
 }
@@ -277,6 +331,7 @@ cudaError_t launch_small(const Attention& op, const Launch& at) {
   a.m = op.q.rows / op.batch, a.n = op.k.rows / op.batch;
   const int kv_heads = op.k.cols / op.head_dim;
   a.group = op.q.cols / op.k.cols;
+  a.stable = op.batch == 1 ? at.stable_keys : 0;
   a.scale = 1.0f / sqrtf(static_cast<float>(op.head_dim));
   const bool few = a.m * a.group <= 16 || a.m * a.group * kv_heads * op.batch < 128;
   switch (op.head_dim) {

@@ -120,8 +120,8 @@ __device__ __forceinline__ void stage_x(const Args& a, std::byte* x_smem, int st
   }
 }
 
-// The same for one row of float32, or of a width that cannot be read 16 bytes at a time. Gives the lane's part of
-// the sum of squares.
+// The same for one row of float32, or of a width that cannot be read 16 bytes at a time. Gives the lane's
+// part of the sum of squares.
 __device__ __noinline__ float stage_any_row(const Args& a, std::byte* row_smem, int row, int tile0, int tiles,
                                             float mean, float rstd, int lane) {
   float squares = 0.0f;
@@ -133,7 +133,7 @@ __device__ __noinline__ float stage_any_row(const Args& a, std::byte* row_smem, 
       const float scale = a.norm_weight == nullptr ? 1.0f : a.norm_weight[col] + a.plus;
       const float shift = a.norm_bias == nullptr ? 0.0f : a.norm_bias[col];
       squares += x * x;
-      v = a.norm == NormKind::kNone ? x
+      v = a.norm == NormKind::kNone  ? x
           : a.norm == NormKind::kRms ? (row == a.m ? shift : x * scale)
                                      : (x - mean) * rstd * scale + shift;
     }
@@ -201,7 +201,8 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
       const int row = warp + kWarps * i;
-      squares[i] = stage_any_row(a, smem + row * s.x_stride, row, tile0, tiles, stats[row], stats[s.rows + row], lane);
+      squares[i] =
+          stage_any_row(a, smem + row * s.x_stride, row, tile0, tiles, stats[row], stats[s.rows + row], lane);
     }
   } else if (a.norm == NormKind::kNone) {
     copy_x<MT>(a, smem, s.x_stride, tile0, tiles, warp, lane);
