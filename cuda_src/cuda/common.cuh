@@ -145,7 +145,7 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 // This block's rank in its cluster, and the number of the cluster: 0 and blockIdx.x where blocks are alone.
-__device__ __forceinline__ int cluster_rank() {
+__device__ __forceinline__ int block_rank() {
 #if VLA_SM90
   uint32_t r;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

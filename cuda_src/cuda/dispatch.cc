@@ -52,6 +52,36 @@ const void* weight_of(const Op& op) {
       op);
 }
 
+std::vector<View> writes_of(const Op& op) {
+  return std::visit(Overloaded{[](const Qkv& o) { return std::vector<View>{o.q, o.k, o.v}; },
+                               [](const Euler& o) { return std::vector<View>{o.x}; },
+                               [](const auto& o) { return std::vector<View>{o.out}; }},
+                    op);
+}
+
+int stable_keys(const Attention& op, const std::vector<Op>& ops, int steps) {
+  const auto end = [](const View& v, int rows) {
+    return v.base + ((rows - 1) * v.ld + v.cols) * static_cast<int64_t>(size_of(v.dtype));
+  };
+  int stable = op.k.rows;
+  for (const Op& other : ops) {
+    for (const View& w : writes_of(other)) {
+      if (!w) continue;
+      const std::byte* last = end(w, w.rows) + (steps - 1) * w.step_bytes;
+      for (const View* keys : {&op.k, &op.v}) {
+        const int64_t row = keys->ld * static_cast<int64_t>(size_of(keys->dtype));
+        while (stable > 0 && w.base < end(*keys, stable) && keys->base < last) {
+          // the last row that ends before the write begins
+          const int64_t before = w.base - keys->base;
+          const int fits = before <= 0 ? 0 : static_cast<int>(before / row);
+          stable = fits < stable ? fits : stable - 1;
+        }
+      }
+    }
+  }
+  return stable;
+}
+
 bool is_small(const Op& op, Layout layout) {
   if (const auto* a = std::get_if<Attention>(&op)) {
     return a->q.rows / a->batch <= kSmallRows && refuse_small(op).empty();

@@ -19,6 +19,12 @@ void check_supported(const Op& op, Layout layout);
 
 cudaError_t launch_op(const Op& op, Layout layout, const Launch& at);
 
+// What the operation writes.
+std::vector<View> writes_of(const Op& op);
+
+// Rows of k and v, from the first, that none of `ops` writes in any of `steps` iterations.
+int stable_keys(const Attention& op, const std::vector<Op>& ops, int steps);
+
 // The packed weight of an operation, nullptr where it has none.
 const void* weight_of(const Op& op);
 

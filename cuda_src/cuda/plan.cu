@@ -63,7 +63,14 @@ class CudaPlan final : public Plan {
       bool first = true;
       move(inputs_, true, first);
       enqueue(script.before, context, 0, first);
-      for (int step = 0; step < script.steps; ++step) enqueue(script.body, context, step, first);
+      std::vector<int> stable;
+      for (const Op& op : script.body) {
+        const auto* a = std::get_if<Attention>(&op);
+        stable.push_back(a ? stable_keys(*a, script.body, script.steps) : 0);
+      }
+      first = true;  // what comes before the loop is done when any kernel of the loop begins: stable_keys
+                     // rests on it
+      for (int step = 0; step < script.steps; ++step) enqueue(script.body, context, step, first, stable);
       enqueue(script.after, context, 0, first);
       move(outputs_, false, first);
     } catch (...) {
@@ -139,10 +146,13 @@ class CudaPlan final : public Plan {
 
 }  // namespace
 
-void enqueue(const std::vector<Op>& ops, const Context& context, int step, bool& first) {
-  for (const Op& op : ops) {
-    const Layout layout = context.layout(op);
-    VLA_CHECK(launch_op(op, layout, context.launch(step, !first)), describe(op));
+void enqueue(const std::vector<Op>& ops, const Context& context, int step, bool& first,
+             const std::vector<int>& stable) {
+  for (size_t i = 0; i < ops.size(); ++i) {
+    const Layout layout = context.layout(ops[i]);
+    Launch at = context.launch(step, !first);
+    if (!stable.empty()) at.stable_keys = stable[i];
+    VLA_CHECK(launch_op(ops[i], layout, at), describe(ops[i]));
     first = false;
   }
 }

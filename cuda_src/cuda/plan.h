@@ -17,7 +17,9 @@ struct Context {
   size_t scratch_bytes = 0;
   const std::map<const void*, Layout>* layouts = nullptr;
 
-  Launch launch(int step, bool pdl) const { return {stream, step, sms, arch, pdl, scratch, scratch_bytes}; }
+  Launch launch(int step, bool pdl) const {
+    return {stream, step, sms, arch, pdl, scratch, scratch_bytes, 0};
+  }
   Layout layout(const Op& op) const {
     const auto it = layouts->find(weight_of(op));
     return it == layouts->end() ? Layout::kRows : it->second;
@@ -25,7 +27,9 @@ struct Context {
 };
 
 // Launches `ops` one after another; every launch but the first may overlap the end of the one before.
-void enqueue(const std::vector<Op>& ops, const Context& context, int step, bool& first);
+// `stable`: for each operation its Launch::stable_keys, or empty.
+void enqueue(const std::vector<Op>& ops, const Context& context, int step, bool& first,
+             const std::vector<int>& stable = {});
 
 std::unique_ptr<Plan> capture(Script script, const Context& context);
 

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
   constexpr int kLanes = kAttentionThreads / kRows;   // lanes that share a row's softmax
   const Shape s(a.chunk, a.split);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int rank = cluster_rank(), tile = cluster_index();
+  const int rank = block_rank(), tile = cluster_index();
   const int kv_head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
   const int rows = a.m * a.group, row0 = tile * kRows;
   const int key0 = rank * a.keys, key_end = min(a.n, key0 + a.keys);

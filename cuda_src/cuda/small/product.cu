@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
   extern __shared__ __align__(128) std::byte smem[];
   const Shape s = shape_of(MT, a.own, WN, a.split, a.tiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int rank = cluster_rank(), column = cluster_index();
+  const int rank = block_rank(), column = cluster_index();
   constexpr int wk = kWarps / WN;
   const int along_n = warp % WN, along_k = warp / WN;
   const int block = block_of<WN>(a, column, along_n);
