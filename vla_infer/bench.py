@@ -30,6 +30,7 @@ from vla_infer.errors import VlaInferError
 from vla_infer.models import FAMILIES
 from vla_infer.policy import weight_reader
 from vla_infer.random_checkpoint import random_policy
+from vla_infer.random_weights import PooledWeights
 from vla_infer.tape import Tape
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -83,6 +84,12 @@ def make_tape(ckpt: Checkpoint, setup: Setup) -> tuple[Tape, Callable[[np.random
         return inputs
 
     return tape, draw
+
+
+def pooled_reader(ckpt: Checkpoint) -> Callable[[str], npt.NDArray[np.generic]]:
+    """Random weights of a checkpoint's shapes, made in seconds at any size."""
+    pool = PooledWeights()
+    return lambda name: pool.tensor(name, ckpt.shape_of(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +146,13 @@ def percentiles(times: npt.NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def bench(ckpt: Checkpoint, setup: Setup, *, runs: int, warmup: int, baseline: str | None) -> dict[str, Any]:
+def bench(
+    ckpt: Checkpoint, setup: Setup, *, runs: int, warmup: int, baseline: str | None, random_weights: bool
+) -> dict[str, Any]:
     """Measure one setup; a JSON-ready report."""
     tape, draw = make_tape(ckpt, setup)
     start = time.perf_counter()
-    read = weight_reader(ckpt)
+    read = pooled_reader(ckpt) if random_weights else weight_reader(ckpt)
     engine = Engine([tape], read, device=setup.device, precision=setup.precision, threads=setup.threads)
     load = time.perf_counter() - start
     program = engine.programs[0]
@@ -292,7 +301,14 @@ def main(args: argparse.Namespace) -> int:
                 setup = Setup(
                     args.device, args.precision, args.prompt, cameras, horizon, args.steps, args.threads
                 )
-                report = bench(ckpt, setup, runs=args.runs, warmup=args.warmup, baseline=args.baseline)
+                report = bench(
+                    ckpt,
+                    setup,
+                    runs=args.runs,
+                    warmup=args.warmup,
+                    baseline=args.baseline,
+                    random_weights=args.random_weights,
+                )
                 reports.append(report)
                 print(markdown(report), "\n", flush=True)
     document = {

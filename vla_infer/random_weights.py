@@ -196,7 +196,7 @@ def _pi(sizes: Sizes, *, adaptive: bool) -> Shapes:
     return shapes | _linear("model.state_proj", width, sizes.padded) | _time_mlp(width)
 
 
-def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """(mean, standard deviation) of a tensor."""
     if len(shape) == 1:
         if name.endswith(".bias"):
@@ -212,7 +212,7 @@ def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 def random_blocks(name: str, shape: tuple[int, ...], seed: int) -> Iterator[npt.NDArray[np.uint16]]:
     """One tensor as bfloat16 bit patterns, in blocks of whole rows."""
-    mean, std = _scale(name, shape)
+    mean, std = scale_of(name, shape)
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     rows = max(1, _BLOCK // math.prod(shape[1:]))
     for start in range(0, shape[0], rows):
@@ -230,3 +230,29 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[n
         tensor[row : row + len(block)] = block
         row += len(block)
     return tensor
+
+
+class PooledWeights:
+    """Tensors cut from one pool of normal values at an offset that depends on the name: as random as a measurement
+    needs, and made as fast as memory is copied. The pool's length is odd, so that rows do not repeat in step."""
+
+    def __init__(self, *, seed: int = 0, length: int = (1 << 22) + 1) -> None:
+        self._pool = np.random.default_rng(seed).standard_normal(length, np.float32)
+        self._scaled: dict[tuple[float, float], npt.NDArray[np.uint16]] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint16]:
+        """A tensor as bfloat16 bit patterns."""
+        mean, std = scale_of(name, shape)
+        if (mean, std) not in self._scaled:
+            values = self._pool * np.float32(std) + np.float32(mean)
+            self._scaled[mean, std] = to_bfloat16_bits(values)
+        pool = self._scaled[mean, std]
+        count = math.prod(shape)
+        start = zlib.crc32(name.encode()) % len(pool)
+        out = np.empty(count, np.uint16)
+        done = 0
+        while done < count:
+            size = min(count - done, len(pool) - start)
+            out[done : done + size] = pool[start : start + size]
+            done, start = done + size, 0
+        return out.reshape(shape)
