@@ -125,6 +125,10 @@ setup(
     },
     zip_safe=False,
     entry_points={
-        "console_scripts": ["vla_node = vla_infer.node:main", "vla-infer = vla_infer.cli:main"],
+        "console_scripts": [
+            "vla_node = vla_infer.node:main",
+            "vla-infer = vla_infer.cli:main",
+            "replay_benchmark = vla_infer.replay.command:console",
+        ],
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,16 @@ def test_stamp_of_serialized_message(bag_path: Path) -> None:
     assert with_stamp(moved, START) == message.data
 
 
+def size(message: BagMessage) -> int:
+    return len(message.data)
+
+
 def test_preload_holds_no_more_than_its_limit() -> None:
-    def source() -> object:
+    def source() -> Iterator[BagMessage]:
         for i in range(100):
             yield BagMessage(i, "/t", bytes(1000))
 
-    preload = Preload(source(), limit=10_500)  # type: ignore[arg-type]
+    preload = Preload(source(), size, limit=10_500)
     preload.fill()
     assert preload.peak == 10_000
     assert [message.time for message in preload] == list(range(100))
@@ -97,14 +102,14 @@ def test_preload_holds_no_more_than_its_limit() -> None:
 
 
 def test_preload_passes_on_what_went_wrong_and_can_be_left() -> None:
-    def broken() -> object:
+    def broken() -> Iterator[BagMessage]:
         yield BagMessage(0, "/t", b"x")
         raise ReplayError("the disk is gone")
 
-    preload = Preload(broken())  # type: ignore[arg-type]
+    preload = Preload(broken(), size)
     with pytest.raises(ReplayError, match="the disk is gone"):
         list(preload)
-    many = Preload((BagMessage(i, "/t", bytes(1000)) for i in range(1000)), limit=2000)
+    many = Preload((BagMessage(i, "/t", bytes(1000)) for i in range(1000)), size, limit=2000)
     next(iter(many))
     many.close()  # joins the reader, which waits for room
 

@@ -35,6 +35,7 @@ from .node_control import Control, Observing
 from .node_diagnostics import Running, array, describe_running, describe_state
 from .node_inference import InferenceWorker, Inferring
 from .node_inputs import Inputs, InstructionSlot
+from .node_observer import Observer
 from .node_parameters import NodeParameters, Settings
 from .node_safety import EmergencyStop, Preflight, RunSwitch
 from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
@@ -81,6 +82,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         *,
         policy_loader: Callable[..., Any] = _load_policy,
         stop: threading.Event | None = None,
+        observer: Observer | None = None,
         **options: Any,
     ) -> None:
         super().__init__("vla_node", **options)
@@ -89,6 +91,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._table = NodeParameters(self)
         self._clock_pair = NodeClock(self.get_clock())
         self._reporter = Reporter(self.get_logger(), self._clock_pair)
+        self._reporter.observer = observer
         self._running: Running | None = None
         self._problem = ""
         self._label = "unconfigured"
@@ -167,6 +170,8 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             undo.callback(control.destroy)
             inputs = Inputs(self, contract, buffer, slot, clock=clock, reporter=reporter, arrived=worker.wake)
             undo.pop_all()
+        if reporter.observer is not None:
+            reporter.observer.configured(motion, reporter.counts)
         self.get_logger().info(
             f"{info.family} for '{contract.robot}': {len(contract.cameras)} cameras, state {info.state_dim}, "
             f"actions {info.horizon}x{info.action_dim}, {info.weight_bytes / 2**20:.1f} MiB of weights"

@@ -113,7 +113,7 @@ class Control:
 
     def _tick(self) -> None:
         began = self._clock.steady()
-        self.ticks.tick(began)
+        lateness = self.ticks.tick(began)
         now = self._clock.now()
         observing, motion = self._observing, self.motion
         motion.scheduler.instruct(observing.slot.current[1])
@@ -130,6 +130,8 @@ class Control:
         if out.state.level >= Level.DEACTIVATE and motion.at_rest and not self._stopping:
             self._stopping = True
             observing.stop(out.state.level, out.state.reason)
+        if self._reporter.observer is not None:
+            self._reporter.observer.ticked(now, lateness, out, readiness)
         self.tick_time.add(self._clock.steady() - began)
 
     def _raised(self, readiness: Readiness) -> dict[Flag, str]:

@@ -115,7 +115,8 @@ class InferenceWorker:
             return True
         if frame is None:
             return False
-        self.stages["decode"].add(self._clock.steady() - began)
+        decode = self._clock.steady() - began
+        self.stages["decode"].add(decode)
         source.scheduler.started(now.steady)
         try:
             chunk = self._predict(frame, instruction, generation)
@@ -126,12 +127,15 @@ class InferenceWorker:
             self._failed(error)
             return True
         self.last_error = ""
-        delay = self._clock.now().steady - frame.observed_at
+        ready = self._clock.now()
+        delay = ready.steady - frame.observed_at
         self.stages["observation to chunk"].add(delay)
         source.scheduler.delay.add(delay)
         self._reporter.counts.add("inferences")
         if self._enabled:
             self.outcomes.append(Outcome(chunk))
+        if self._reporter.observer is not None:
+            self._reporter.observer.inferred(frame, chunk, now, ready, decode)
         return True
 
     def _predict(self, frame: Frame, instruction: str, generation: int) -> Chunk:

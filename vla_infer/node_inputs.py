@@ -120,6 +120,8 @@ class Inputs:
         now = self._clock.now()
         stamp = now.ros if camera.receipt_stamp else stamp_ns(message)
         self.image_age.add((now.ros - stamp) * 1e-9)
+        if self._reporter.observer is not None:
+            self._reporter.observer.received(camera.topic, stamp, now)
         _CHECKS[camera.type](message)
         self._buffer.add_image(camera.feature, message, stamp, now)
         self._arrived()

@@ -12,6 +12,7 @@ from rclpy.clock import Clock, ClockType
 from .contract_parse import one_line
 from .errors import VlaInferError
 from .frame import Now
+from .node_observer import Observer
 from .stats import Counts, Spacing
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Reporter:
         self.clock = clock
         self._spacing = Spacing()
         self.counts = Counts()
+        self.observer: Observer | None = None
 
     def info(self, text: str) -> None:
         self._logger.info(text)

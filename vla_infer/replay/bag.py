@@ -11,10 +11,10 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rosbags.interfaces import ConnectionExtRosbag2
 from rosbags.rosbag2 import Reader
@@ -180,17 +180,23 @@ def resolve_topic(bag: Bag, topic: str, kind: str, remaps: dict[str, str]) -> st
     return found
 
 
-class Preload:
-    """Reads ahead of its consumer in a thread of its own, holding at most `limit` bytes of messages.
+Item = TypeVar("Item")
 
-    The consumer sees the messages in order; `waits` counts those that were not there in time. One message
-    larger than `limit` is still read, alone.
+
+class Preload(Generic[Item]):
+    """Reads ahead of its consumer in a thread of its own, holding at most `limit` bytes.
+
+    The consumer sees the items in order; `waits` counts those that were not there in time. One item larger
+    than `limit` is still read, alone. size: bytes of an item.
     """
 
-    def __init__(self, messages: Iterable[BagMessage], *, limit: int = DEFAULT_BUFFER) -> None:
-        self._source = iter(messages)
+    def __init__(
+        self, items: Iterable[Item], size: Callable[[Item], int], *, limit: int = DEFAULT_BUFFER
+    ) -> None:
+        self._source = iter(items)
+        self._size = size
         self._limit = limit
-        self._queue: deque[BagMessage] = deque()
+        self._queue: deque[Item] = deque()
         self._held = 0
         self._changed = threading.Condition()
         self._ended = False
@@ -203,14 +209,15 @@ class Preload:
 
     def _read(self) -> None:
         try:
-            for message in self._source:
+            for item in self._source:
+                size = self._size(item)
                 with self._changed:
-                    while self._queue and self._held + len(message.data) > self._limit and not self._closed:
+                    while self._queue and self._held + size > self._limit and not self._closed:
                         self._changed.wait()
                     if self._closed:
                         return
-                    self._queue.append(message)
-                    self._held += len(message.data)
+                    self._queue.append(item)
+                    self._held += size
                     self.peak = max(self.peak, self._held)
                     self._changed.notify_all()
         except BaseException as error:
@@ -227,7 +234,7 @@ class Preload:
             while not self._ended and self._held < 0.9 * self._limit and time.monotonic() < end:
                 self._changed.wait(0.05)
 
-    def __iter__(self) -> Iterator[BagMessage]:
+    def __iter__(self) -> Iterator[Item]:
         while True:
             with self._changed:
                 if not self._queue and not self._ended:
@@ -238,10 +245,10 @@ class Preload:
                     if self._error is not None:
                         raise self._error
                     return
-                message = self._queue.popleft()
-                self._held -= len(message.data)
+                item = self._queue.popleft()
+                self._held -= self._size(item)
                 self._changed.notify_all()
-            yield message
+            yield item
 
     def close(self) -> None:
         """Stop reading; what is buffered is dropped."""

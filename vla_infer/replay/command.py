@@ -8,11 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vla_infer.contract import load_contract
 from vla_infer.contract_parse import find_contract
 from vla_infer.errors import ReplayError
+
+if TYPE_CHECKING:
+    from .bag import Bag
 
 MODES = ("timeline", "loop", "sweep", "direct")
 
@@ -38,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, default=0.0, help="stop after so many seconds")
     parser.add_argument("--every-frame", action="store_true", help="direct: infer every observation, untimed")
+    parser.add_argument("--rate", type=float, default=30.0, help="loop: images a second of each camera (30)")
+    parser.add_argument("--domain", type=int, help="ROS domain to replay in; default: one of its own")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="write an output bag (modes over ROS)")
     parser.add_argument("--deadline", type=float, help="ms, age at actuation; default: max_observation_age")
     parser.add_argument("--warmup", type=int, default=3, help="inferences left out of the figures (3)")
     parser.add_argument("--buffer", type=int, default=256, help="MB of messages read ahead (256)")
@@ -52,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--action-tolerance", type=float, default=0.005, help="relative error of actions that passes (0.005)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+
+
+def console() -> int:
+    """`ros2 run vla_infer replay_benchmark`: the same as `vla-infer replay`."""
+    from vla_infer.cli import main as cli_main
+
+    return cli_main(["replay", *sys.argv[1:]])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -86,7 +99,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.record is not None and args.mode == "direct":
+        raise ReplayError(
+            "--record: direct mode publishes nothing that could be recorded; choose another mode"
+        )
     positive = {
+        "--rate": args.rate,
         "--buffer": args.buffer,
         "--tolerance": args.tolerance,
         "--action-tolerance": args.action_tolerance,
@@ -115,7 +133,7 @@ def _replay(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from . import agreement, report
     from .bag import Bag
     from .observe import map_topics
-    from .page_frames import PageInputs, Snapshots
+    from .page_frames import PageInputs, Snapshots, from_bag
 
     load = os.getloadavg()[0]
     contract_file = find_contract(args.contract)
@@ -124,7 +142,11 @@ def _replay(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     topics = map_topics(bag, contract, parse_remaps(args.remap))
     deadline = args.deadline * 1e-3 if args.deadline else contract.max_observation_age
     snapshots = Snapshots(bag.duration * 1e-9)
-    trace, resources, info, extra = _direct(args, contract, bag, topics, snapshots)
+    if args.mode == "direct":
+        trace, resources, info, extra = _direct(args, contract, bag, topics, snapshots)
+    else:
+        trace, resources, info, extra = _live(args, contract, bag, topics)
+        snapshots = from_bag(bag, topics, trace)
     recorded = agreement.read_recorded(bag, contract, topics)
     settings = {
         "command": "vla-infer " + " ".join(sys.argv[1:]),
@@ -178,6 +200,38 @@ def _direct(
     commands = sum(tick.values is not None for tick in trace.ticks) or len(trace.inferences)
     resources = sampler.figures(inferences=len(trace.inferences), commands=commands)
     return trace, resources, policy.info, {}
+
+
+def _live(args: argparse.Namespace, contract: Any, bag: Bag, topics: Any) -> tuple[Any, ...]:
+    from .live import LiveOptions, own_domain, replay_live
+
+    policy = Path(args.policy)
+    parameters = {
+        "policy": str(policy.resolve()) if policy.exists() else args.policy,
+        "contract": str(find_contract(args.contract).resolve()),
+        "device": args.device,
+        "precision": args.precision,
+        "num_steps": args.steps or 0,
+        "threads": args.threads or 0,
+        "instruction": args.instruction,
+        "dry_run": True,
+    }
+    options = LiveOptions(
+        args.mode,
+        parameters,
+        domain=own_domain() if args.domain is None else args.domain,
+        rate=args.rate,
+        seconds=args.seconds,
+        buffer=args.buffer << 20,
+        record=args.record,
+        progress=None if args.quiet else progress_bar("replay"),
+    )
+    try:
+        result = replay_live(contract, bag, topics, options)
+    finally:
+        if options.progress is not None:
+            print(file=sys.stderr)
+    return result.trace, result.resources, result.info, result.extra
 
 
 def progress_bar(label: str) -> Callable[[float, float], None]:

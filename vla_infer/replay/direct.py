@@ -240,10 +240,12 @@ def tick_record(now: float, error: float | None, out: Outgoing, readiness: Readi
 
 def _reason(out: Outgoing, readiness: Readiness) -> str:
     flag = out.state.flag
-    if flag is Flag.OBSERVATION and not readiness.ready:
-        return readiness.kind
+    if out.values is None and flag in (None, Flag.NO_PLAN, Flag.OBSERVATION):
+        return "waiting"
+    if flag is Flag.OBSERVATION:
+        return "recovering" if readiness.ready else readiness.kind
     if flag is None or flag is Flag.NO_PLAN:
-        return "waiting" if out.values is None else "starved"
+        return "starved"
     return str(flag.value)
 
 

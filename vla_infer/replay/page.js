@@ -180,7 +180,7 @@ function happened() {
   const node = section("What happened when", "Images as they were sent, inferences from start to chunk, and what the commands came from.");
   const colours = { played: "var(--one)", starved: "var(--two)", waiting: "var(--wait)" };
   const states = [...new Set(ticks.state)];
-  legend(node, [["inference", "var(--three)"], ...states.map((s) => [s === "played" ? "commands from a chunk" : s === "starved" ? "held: no action was due" : s === "waiting" ? "nothing sent yet" : `held: observation ${s}`, colours[s] ?? "var(--bad)"])]);
+  legend(node, [["inference", "var(--three)"], ...states.map((s) => [s === "played" ? "commands from a chunk" : s === "starved" ? "held: no action was due" : s === "waiting" ? "nothing sent yet" : s === "recovering" ? "held: until frames are good again" : `held: ${s}`, colours[s] ?? "var(--bad)"])]);
   const frame = make(node, "div");
   const span = Math.min(end, 8);
   let start = 0;

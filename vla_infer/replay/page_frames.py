@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,13 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from vla_infer.codecs import CODECS
+from vla_infer.errors import ObservationError, ReplayError
 from vla_infer.frame import Frame
 
 from .agreement import Recorded
+from .bag import Bag, Decoder
+from .observe import Stamps, TopicMap
 from .trace import Inference, Trace
 
 SHOWN = 32  # observations with pictures
@@ -34,6 +39,29 @@ class Snapshots:
             return
         self._next = inference.bag_time + self._spacing * 0.999
         self.pictures[inference.sequence] = {name: data_uri(image) for name, image in frame.images.items()}
+
+
+def from_bag(bag: Bag, topics: TopicMap, trace: Trace) -> Snapshots:
+    """Pictures of a run whose observations were decoded elsewhere: the images of the bag nearest to them."""
+    ran = sorted(trace.inferences, key=lambda one: one.bag_time)
+    chosen = [ran[i] for i in sorted({round(i) for i in np.linspace(0, len(ran) - 1, SHOWN)})]
+    times = np.array([one.bag_time for one in chosen])
+    best: dict[tuple[int, str], tuple[float, bytes, str]] = {}
+    stamps, decode = Stamps(bag, topics), Decoder()
+    for message in bag.messages(tuple(topics.cameras)):
+        stamp = stamps.stamp(message) * 1e-9
+        at = int(np.abs(times - stamp).argmin())
+        distance = abs(float(times[at]) - stamp)
+        place = (at, message.topic)
+        if place not in best or distance < best[place][0]:
+            best[place] = (distance, message.data, topics.types[message.topic])
+    snapshots = Snapshots(0.0)
+    for (at, topic), (_, data, kind) in sorted(best.items(), key=lambda item: item[0]):
+        with suppress(ObservationError, ReplayError):
+            image = CODECS[kind].decode(decode(data, kind))
+            pictures = snapshots.pictures.setdefault(chosen[at].sequence, {})
+            pictures[topics.cameras[topic].feature] = data_uri(image)
+    return snapshots
 
 
 def data_uri(image: npt.NDArray[np.uint8]) -> str:

@@ -47,7 +47,8 @@ class Tick:
     """One control tick. values: float64 (A,) in ROS units, None when nothing was sent.
 
     error: seconds that it came after its due time, None where time is virtual; chunk: sequence of the
-    observation behind the command, None when held; age: seconds from that observation's stamp.
+    observation behind the command, None when held; age: seconds from that observation's stamp to the
+    command, at its receipt where a receiver listened and else as it is sent.
     """
 
     time: float
