@@ -109,7 +109,7 @@ def gated_odd(c: Case) -> Tensor:
 
 
 def qkv_rope(c: Case) -> Tensor:
-    d, rows = 16, 9
+    d, rows = 64, 9
     weights = {"q": c.weight("q", 6 * d, 40), "k": c.weight("k", 2 * d, 40), "v": c.weight("v", 2 * d, 40)}
     table = c.tape.constant("rope", rope_table(32, d, 100.0))
     positions = c.ints("positions", c.random.integers(0, 32, rows))
