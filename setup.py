@@ -120,6 +120,7 @@ setup(
     extras_require={
         "images": ["opencv-python-headless"],  # compressed images; a ROS machine has python3-opencv
         "bag": ["rosbags", "opencv-python-headless"],
+        "lerobot": ["rosbags", "opencv-python-headless", "pyarrow", "av"],
         "reference": ["torch"],
         "test": ["pytest", "hypothesis"],
     },

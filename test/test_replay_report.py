@@ -228,6 +228,17 @@ def test_command_fails_with_exit_1(engine_report: dict[str, Any], bag_path: Path
     assert "no regression" in text.read_text()
 
 
+def test_engine_does_what_it_did_when_the_baseline_was_made(tmp_path: Path) -> None:
+    """The project's own use of --against: the CPU engine's actions, on whatever instruction set this is."""
+    pytest.importorskip("vla_infer._engine", reason="needs the built engine")
+    bag = write_bag(tmp_path / "bag", seconds=1.0)
+    text = tmp_path / "out.md"
+    baseline = Path(__file__).parent / "replay_baseline.json"
+    words = ("--every-frame", "--quiet", "--against", str(baseline), "--markdown", str(text))
+    assert command(bag, *words) == 0, text.read_text()
+    assert "| actions, relative error | 0 |" in text.read_text()  # observations of both runs were found
+
+
 def test_shares_are_compared(made: tuple[dict[str, Any], PageInputs]) -> None:
     worse = copy.deepcopy(made[0])
     worse["control"]["deadline_misses"] = worse["control"]["commands_played"] // 5
@@ -237,11 +248,14 @@ def test_shares_are_compared(made: tuple[dict[str, Any], PageInputs]) -> None:
 
 
 def test_only_like_is_compared(made: tuple[dict[str, Any], PageInputs]) -> None:
-    for place, name in ((("bag", "sha256"), "bag"), (("contract", "sha256"), "contract")):
-        other = copy.deepcopy(made[0])
-        other[place[0]][place[1]] = "f" * 64
-        with pytest.raises(ReplayError, match=f"the baseline is of another {name}"):
-            compare.compare(other, made[0], **TOLERANCES)
+    other = copy.deepcopy(made[0])
+    other["bag"]["sha256"] = "f" * 64
+    with pytest.raises(ReplayError, match="the baseline is of another bag"):
+        compare.compare(other, made[0], **TOLERANCES)
+    other = copy.deepcopy(made[0])
+    other["contract"]["sha256"] = "f" * 64
+    found = compare.compare(other, made[0], **TOLERANCES)
+    assert {f.name.split()[0].strip(",") for f in found.findings} == {"actions", "open-loop"}
 
 
 def test_bootstrap_interval_covers() -> None:

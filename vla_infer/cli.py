@@ -17,6 +17,7 @@ VERBS = {
     "verify": "compare the engine with a policy's golden values, stage by stage",
     "bench": "time inference on this machine",
     "replay": "run a recording through a policy: how late, how right, and whether it got worse",
+    "import-lerobot": "make a recording of a LeRobot dataset, to replay it",
 }
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         # Loaded when asked for: help and doctor work where ROS, torch or the engine are missing.
-        module = import_module(f"vla_infer.{verb}")
+        module = import_module(f"vla_infer.{verb.replace('-', '_')}")
         parser = argparse.ArgumentParser(prog=f"vla-infer {verb}", description=VERBS[verb])
         module.add_arguments(parser)
         return int(module.main(parser.parse_args(rest)))

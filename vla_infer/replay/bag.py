@@ -102,12 +102,14 @@ class Bag:
         return sum(file.stat().st_size for file in self.files())
 
     def digest(self) -> str:
-        """SHA-256 of the files that hold messages, one after the other by name."""
+        """SHA-256 over every topic's messages and their times: the same however a recording is stored."""
+        topics = {topic: hashlib.sha256() for topic in self.topics}
+        for message in self.messages(tuple(self.topics)):
+            topics[message.topic].update(struct.pack("<qQ", message.time, len(message.data)))
+            topics[message.topic].update(message.data)
         total = hashlib.sha256()
-        for file in self.files():
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    total.update(block)
+        for topic, digest in sorted(topics.items()):
+            total.update(f"{topic}\n{self.topics[topic].type}\n".encode() + digest.digest())
         return total.hexdigest()
 
     def _reading(self) -> _Reading:
