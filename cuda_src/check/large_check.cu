@@ -499,20 +499,18 @@ void check_everything() {
   all_products("sm80", at, [](const cuda::Product& p, const Launch& l) { return cuda::product_sm80(p, l); });
   for (int groups = 1; at.arch == 90 && groups <= 4; ++groups) {
     for (int columns = 64; columns <= 256; columns += 64) {
-      for (int pair = 1; pair <= 2; ++pair) {
-        for (int split : {1, 2, 3, 5, 8}) {
-          const cuda::Tile tile{groups, columns, pair, split};
-          if (!cuda::has_tile_sm90(tile)) continue;
-          char how[60];
-          std::snprintf(how, sizeof how, "%dx%d/%d/%d", 64 * groups, columns, pair, split);
-          all_products(how, at, [&](const cuda::Product& p, const Launch& l) {
-            cuda::Tile t = tile;
-            const int slices = (p.k + 63) / 64;
-            if (t.split > slices) t.split = slices > 1 ? slices : 1;
-            return t.split == tile.split || cuda::has_tile_sm90(t) ? cuda::product_sm90(p, t, l)
-                                                                   : cuda::product_sm80(p, l);
-          });
-        }
+      for (int split : {1, 2, 3, 5, 8}) {
+        const cuda::Tile tile{groups, columns, split};
+        if (!cuda::has_tile_sm90(tile)) continue;
+        char how[60];
+        std::snprintf(how, sizeof how, "%dx%d/%d", 64 * groups, columns, split);
+        all_products(how, at, [&](const cuda::Product& p, const Launch& l) {
+          cuda::Tile t = tile;
+          const int slices = (p.k + 63) / 64;
+          if (t.split > slices) t.split = slices > 1 ? slices : 1;
+          const bool same = t.split == tile.split || cuda::has_tile_sm90(t);
+          return same ? cuda::product_sm90(p, t, l) : cuda::product_sm80(p, l);
+        });
       }
     }
   }

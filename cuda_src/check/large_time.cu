@@ -1,6 +1,6 @@
 // Times the large kernels on the sizes of the policies, and the whole of vision and prefix as one graph.
 // Usage: large_time [sweep] — with "sweep", every tile of the Hopper product on every size; or
-// large_time probe NAME GROUPS COLUMNS PAIR SPLIT: two launches of one product, for a profiler.
+// large_time probe NAME GROUPS COLUMNS SPLIT: two launches of one product, for a profiler.
 // Times are of launches inside a CUDA graph, weights rotating among sets larger than the second-level cache.
 #include <algorithm>
 #include <functional>
@@ -170,30 +170,27 @@ void time_product(const Size& s, bool sweep, const cuda::Tile* probe = nullptr) 
   const double portable =
       time_each([&](const Launch& at, int i) { return cuda::product_sm80(product(i), at); }, count);
   std::printf(
-      "%-18s m=%-4d n=%-5lld k=%-5d  chosen %dx%d/%d/%d %7.2f us (again %7.2f) %5.0f TFLOP/s %5.2f TB/s of "
+      "%-18s m=%-4d n=%-5lld k=%-5d  chosen %dx%d/%d %7.2f us (again %7.2f) %5.0f TFLOP/s %5.2f TB/s of "
       "weights; mma %7.2f us\n",
-      s.name, s.m, static_cast<long long>(rows), s.k, 64 * chosen.groups, chosen.columns, chosen.pair,
-      chosen.split, seconds * 1e6, again * 1e6, operations / seconds / 1e12, bytes / seconds / 1e12,
-      portable * 1e6);
+      s.name, s.m, static_cast<long long>(rows), s.k, 64 * chosen.groups, chosen.columns, chosen.split,
+      seconds * 1e6, again * 1e6, operations / seconds / 1e12, bytes / seconds / 1e12, portable * 1e6);
   if (sweep) {
     for (int groups = 1; groups <= 4; ++groups) {
       for (int columns = 32; columns <= 256; columns += 32) {
-        for (int pair = 1; pair <= 2; ++pair) {
-          for (int split = 1; split <= 8; ++split) {
-            const cuda::Tile tile{groups, columns, pair, split};
-            if (split > s.k / 128 || !cuda::has_tile_sm90(tile)) continue;
-            const int64_t blocks = static_cast<int64_t>(cuda::ceil_div(s.m, 64 * groups)) *
-                                   cuda::ceil_div(static_cast<int>(rows), columns) * split;
-            if (blocks > 8 * base.sms || (split > 1 && blocks > 2 * base.sms)) continue;
-            all.push_back({tile, timed(tile)});
-          }
+        for (int split = 1; split <= 8; ++split) {
+          const cuda::Tile tile{groups, columns, split};
+          if (split > s.k / 128 || !cuda::has_tile_sm90(tile)) continue;
+          const int64_t blocks = static_cast<int64_t>(cuda::ceil_div(s.m, 64 * groups)) *
+                                 cuda::ceil_div(static_cast<int>(rows), columns) * split;
+          if (blocks > 8 * base.sms || (split > 1 && blocks > 2 * base.sms)) continue;
+          all.push_back({tile, timed(tile)});
         }
       }
     }
     std::sort(all.begin(), all.end(), [](const Timed& a, const Timed& b) { return a.seconds < b.seconds; });
     for (size_t i = 0; i < all.size(); ++i) {
       const cuda::Tile& t = all[i].tile;
-      std::printf("    %dx%d/%d/%d %.2f", 64 * t.groups, t.columns, t.pair, t.split, all[i].seconds * 1e6);
+      std::printf("    %dx%d/%d %.2f", 64 * t.groups, t.columns, t.split, all[i].seconds * 1e6);
     }
     std::printf("\n");
   }
@@ -425,9 +422,8 @@ int main(int count, char** arguments) {
   base = launch_on(stream, 64 << 20);
   owned().clear();
   const std::string mode = count > 1 ? arguments[1] : "";
-  if (mode == "probe" && count == 7) {
-    const vla::cuda::Tile tile{std::atoi(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5]),
-                               std::atoi(arguments[6])};
+  if (mode == "probe" && count == 6) {
+    const vla::cuda::Tile tile{std::atoi(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5])};
     everything(false, arguments[2], &tile);
   } else {
     everything(mode == "sweep", "", nullptr);

@@ -18,26 +18,26 @@
 namespace vla::cuda {
 namespace {
 
-constexpr int kKeys = 64, kGroups = 2, kThreads = 128 * kGroups;
+constexpr int kKeys = 64;
 
-template <int D, bool SHARE>
+template <int D, int GROUPS, bool SHARE>
 struct Shape {
   static constexpr int kBoxes = (D + 63) / 64;       // of 64 columns
   static constexpr int kBuffer = kBoxes * 64 * 128;  // 64 rows: a slice of keys or values, or 64 queries
-  static constexpr int kTiles = SHARE ? kGroups : 1, kRings = SHARE ? 1 : kGroups;
-  static constexpr int kBuffers = SHARE ? 10 : D == 256 ? 3 : D == 64 ? 6 : 4;  // of a ring
+  static constexpr int kTiles = SHARE ? GROUPS : 1, kRings = SHARE ? 1 : GROUPS;
+  static constexpr int kBuffers = SHARE ? 4 + 3 * GROUPS : D == 256 ? 3 : D == 64 ? 6 : 4;  // of a ring
   static constexpr int kRing = kTiles * kBuffer;
   static constexpr int kBarriers = kRing + kRings * kBuffers * kBuffer;
   static constexpr int kShared = kBarriers + 8 * (2 * kRings * kBuffers + 1);
-  static constexpr int kBlocks = SHARE ? 2 : 1;  // that a multiprocessor should hold
+  static constexpr int kBlocks = !SHARE ? 1 : GROUPS == 1 ? 3 : 2;  // that a multiprocessor should hold
 };
 
-template <int D, bool SHARE>
-__global__ void __launch_bounds__(kThreads, Shape<D, SHARE>::kBlocks)
+template <int D, int GROUPS, bool SHARE>
+__global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks)
     attention_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
                      const __grid_constant__ CUtensorMap map_v, const __grid_constant__ Queries p) {
 #if VLA_SM90A
-  using S = Shape<D, SHARE>;
+  using S = Shape<D, GROUPS, SHARE>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = smem_address(shared), barriers = base + S::kBarriers;
   const auto full = [&](int ring, int buffer) { return barriers + 8 * (ring * S::kBuffers + buffer); };
@@ -162,8 +162,10 @@ __global__ void __launch_bounds__(kThreads, Shape<D, SHARE>::kBlocks)
       }
       total[h] = total[h] * shrink[h] + sum;
     }
+    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {  // after some slices, rarely
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i >> 1 & 1];
+      for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i >> 1 & 1];
+    }
     uint32_t a[kKeys / 16][4];
 #pragma unroll
     for (int kk = 0; kk < kKeys / 16; ++kk) {
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, Shape<D, SHARE>::kBlocks)
     // The second warpgroup leaves sums, maxima and totals where the queries and the ring were.
     float* const sums = reinterpret_cast<float*>(shared);
     float* const tops = sums + kQueries * D;
-    named_barrier(1, 128 * kGroups);
+    named_barrier(1, 128 * GROUPS);
     if (group == 1) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, Shape<D, SHARE>::kBlocks)
         }
       }
     }
-    named_barrier(1, 128 * kGroups);
+    named_barrier(1, 128 * GROUPS);
     if (group == 1) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -241,9 +243,9 @@ __global__ void __launch_bounds__(kThreads, Shape<D, SHARE>::kBlocks)
 #endif
 }
 
-template <int D, bool SHARE>
+template <int D, int GROUPS, bool SHARE>
 cudaError_t run(const Queries& p, const Launch& at) {
-  using S = Shape<D, SHARE>;
+  using S = Shape<D, GROUPS, SHARE>;
   CUtensorMap maps[3];
   const int kv_heads = p.heads / p.group;
   cudaError_t error = tensor_map_heads(&maps[0], p.q, p.batch * p.m, p.heads, p.head_dim, p.ldq, kQueries);
@@ -253,8 +255,8 @@ cudaError_t run(const Queries& p, const Launch& at) {
     error = tensor_map_heads(&maps[2], p.v, p.batch * p.n, kv_heads, p.head_dim, p.ldv, kKeys);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(p.m, kQueries * S::kTiles), p.heads, p.batch);
-  return launch_kernel(attention_kernel<D, SHARE>, grid, dim3(kThreads), S::kShared, at, 1, maps[0], maps[1],
-                       maps[2], p);
+  return launch_kernel(attention_kernel<D, GROUPS, SHARE>, grid, dim3(128 * GROUPS), S::kShared, at, 1,
+                       maps[0], maps[1], maps[2], p);
 }
 
 }  // namespace
@@ -262,11 +264,11 @@ cudaError_t run(const Queries& p, const Launch& at) {
 cudaError_t attention_sm90(const Queries& p, const Launch& at) {
   if (p.head_dim <= 64) {
     const int blocks = ceil_div(p.m, kQueries) * p.heads * p.batch;
-    return blocks > 2 * at.sms ? run<64, true>(p, at) : run<64, false>(p, at);
+    return blocks > 2 * at.sms ? run<64, 1, true>(p, at) : run<64, 2, false>(p, at);
   }
-  if (p.head_dim <= 80) return run<80, false>(p, at);
-  if (p.head_dim <= 128) return run<128, false>(p, at);
-  return run<256, false>(p, at);
+  if (p.head_dim <= 80) return run<80, 2, false>(p, at);
+  if (p.head_dim <= 128) return run<128, 2, false>(p, at);
+  return run<256, 2, false>(p, at);
 }
 
 }  // namespace vla::cuda

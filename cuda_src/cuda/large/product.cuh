@@ -69,30 +69,6 @@ __device__ __forceinline__ float activate_fast(const Product& p, float x) {
   return h + h * tanh_fast(x * (p.act_linear + p.act_cubic * x * x));
 }
 
-// Word i of lane q of every four lanes goes to word q of lane i: 8 columns that a thread holds in four blocks
-// of 8 become 8 neighbours (16 bytes), and back.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-  const int lane = threadIdx.x;
-  {
-    const bool odd = lane & 1;
-    const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
-    const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
-    w[0] = odd ? a : w[0];
-    w[1] = odd ? w[1] : a;
-    w[2] = odd ? b : w[2];
-    w[3] = odd ? w[3] : b;
-  }
-  {
-    const bool high = lane & 2;
-    const uint32_t a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
-    const uint32_t b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
-    w[0] = high ? a : w[0];
-    w[2] = high ? w[2] : a;
-    w[1] = high ? b : w[1];
-    w[3] = high ? w[3] : b;
-  }
-}
-
 // The number that is added to packed column `column` before anything else.
 __device__ __forceinline__ float bias_of(const Product& p, int column) {
   if (p.kind == ProductKind::kLinear) return p.bias && column < p.cols ? p.bias[column] : 0.0f;
@@ -106,29 +82,74 @@ __device__ __forceinline__ float bias_in_tile(const Product& p, int unit, int i)
   return bias_of(p, (i & 32 ? c.second : c.first) + i % 32);
 }
 
-// What a unit's end reads, asked for before its sums are there: rows `row` and `row` + 8 of both halves.
-struct Ahead {
-  uint4 residual[2][2] = {};
-};
+// ---- a unit's end. A warp has 16 rows of 64 packed columns as wgmma and mma leave them: x and y, its two
+// halves of 32 columns; in each block i of 8 columns, rows lane / 4 and that + 8, columns 2 (lane mod 4) +
+// {0, 1}. They pass through 2 KiB of shared memory, from where they go out as whole rows of 16 bytes a lane.
+
+constexpr int kStaging = 16 * 128;  // bytes for each warp
+
 __device__ __forceinline__ int residual_row(const Product& p, int row) {
   return row < p.residual_rows ? row : row % p.residual_rows;
 }
-__device__ __forceinline__ Ahead look_ahead(const Product& p, int row, int unit) {
-  Ahead ahead;
-  if (p.kind != ProductKind::kLinear || !p.residual || !p.wide) return ahead;
-  const int c = 64 * unit + 8 * (threadIdx.x & 3);
+// Where 16 bytes of a row lie: the pieces of a row change places with the row, so that no access meets a bank
+// twice.
+__device__ __forceinline__ uint32_t staged(uint32_t staging, int row, int piece) {
+  return staging + row * 128 + ((piece ^ (row & 7)) << 4);
+}
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared16(uint32_t address, const uint4& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t (&r)[4], uint32_t staging,
+                                                int piece) {
+#if VLA_SM90
+  (void)staging, (void)piece;
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  (void)address;
+  const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (row + 8 * r >= p.m) continue;
-    const bf16* from = p.residual + residual_row(p, row + 8 * r) * p.ldr + c;
-    if (c < p.cols) ahead.residual[r][0] = *reinterpret_cast<const uint4*>(from);
-    if (c + 32 < p.cols) ahead.residual[r][1] = *reinterpret_cast<const uint4*>(from + 32);
+  for (int i = 0; i < 4; ++i) {
+    asm volatile(
+        "st.shared.b32 [%0], %1;" ::"r"(staged(staging, lane / 4 + i % 2 * 8, piece + i / 2) + lane % 4 * 4),
+        "r"(r[i])
+        : "memory");
+  }
+#endif
+}
+
+// What a unit's end reads, asked for before its sums are there: the residual's 16 rows of 64 columns, whole
+// rows.
+struct Ahead {
+  uint4 residual[4];
+};
+__device__ __forceinline__ Ahead look_ahead(const Product& p, int row0, int unit) {
+  Ahead ahead = {};
+  if (!p.residual || !p.wide) return ahead;
+  const int lane = threadIdx.x & 31, c = 64 * unit + lane % 8 * 8;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const int row = row0 + 4 * t + lane / 8;
+    if (row < p.m && c < p.cols) {
+      ahead.residual[t] = *reinterpret_cast<const uint4*>(p.residual + residual_row(p, row) * p.ldr + c);
+    }
   }
   return ahead;
 }
 
-// The same as store_row and store_parts where rows cannot be written by 16 bytes: eight numbers, two by two.
-// Rare, and kept out of the way of the others.
+// Where rows cannot be written by 16 bytes: eight numbers of one row, columns c + 8 i + 2 (lane mod 4) + {0,
+// 1}. Rare, and kept out of the way of the others.
 struct Eight {
   float v[8];
 };
@@ -152,56 +173,6 @@ __device__ __forceinline__ Eight eight_of(const float* v) {
   return {{v[0], v[1], v[4], v[5], v[8], v[9], v[12], v[13]}};
 }
 
-// Adds the residual to, and stores, 32 columns of one row: this thread has columns c + 8 i + 2 q + {0, 1} as
-// v[4 i + {0, 1}], and columns c + 8 q ... of the residual.
-__device__ __forceinline__ void store_row(const Product& p, int row, int c, const float* v,
-                                          const uint4& residual) {
-  const int q = threadIdx.x & 3;
-  if (p.wide) {
-    const int at = c + 8 * q;
-    uint32_t words[4];
-    if (p.residual) {
-      uint32_t r[4] = {residual.x, residual.y, residual.z, residual.w};
-      transpose_quad(r);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 f = unpack2(r[i]);
-        words[i] = pack2(v[4 * i] + f.x, v[4 * i + 1] + f.y);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = pack2(v[4 * i], v[4 * i + 1]);
-    }
-    transpose_quad(words);
-    if (row < p.m && at < p.cols) {
-      *reinterpret_cast<uint4*>(static_cast<bf16*>(p.out) + row * p.ldo + at) =
-          make_uint4(words[0], words[1], words[2], words[3]);
-    }
-    return;
-  }
-  store_narrow(p, row, c, eight_of(v));
-}
-
-// Stores 32 columns of q | k | v of one row, held as in store_row.
-__device__ __forceinline__ void store_parts(const Product& p, int row, int c, const float* v) {
-  const int q = threadIdx.x & 3;
-  if (p.wide) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = pack2(v[4 * i], v[4 * i + 1]);
-    transpose_quad(words);
-    const int at = c + 8 * q;
-    if (row < p.m && at < p.end[2]) {
-      const int part = at < p.end[0] ? 0 : at < p.end[1] ? 1 : 2;
-      const int col = at - (part ? p.end[part - 1] : 0);
-      *reinterpret_cast<uint4*>(p.part[part] + row * p.part_ld[part] + col) =
-          make_uint4(words[0], words[1], words[2], words[3]);
-    }
-    return;
-  }
-  store_narrow(p, row, c, eight_of(v));
-}
-
 // Adds 32 biases in shared memory.
 __device__ __forceinline__ void add_bias(const float* bias, float* x) {
   const int q = threadIdx.x & 3;
@@ -214,18 +185,16 @@ __device__ __forceinline__ void add_bias(const float* bias, float* x) {
     x[4 * i + 3] += b.y;
   }
 }
-
-__device__ __forceinline__ void finish_linear(const Product& p, int row, int c, float* x, const float* bias,
-                                              const uint4& r0, const uint4& r1) {
-  if (bias) add_bias(bias, x);
+__device__ __forceinline__ void activate_16(const Product& p, float* x) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] = activate_fast(p, x[i]);
+}
+__device__ __forceinline__ void scale_and_gate(const Product& p, int c, float* x) {
   if (p.scale != 1.0f) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] *= p.scale;
   }
-  if (p.activated) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = activate_fast(p, x[i]);
-  }
+  if (p.activated) activate_16(p, x);
   if (p.gate) {
     const int q = threadIdx.x & 3;
     float gate[8];
@@ -234,66 +203,134 @@ __device__ __forceinline__ void finish_linear(const Product& p, int row, int c, 
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] *= gate[(i >> 2) * 2 + (i & 1)];
   }
-  store_row(p, row, c, x, r0);
-  store_row(p, row + 8, c, x + 2, r1);
+}
+// Rotates rows row and row + 8 of the halves of a head, of which x starts at column j.
+__device__ __forceinline__ void rotate(const Product& p, int row, int j, float* x, float* y) {
+  const int half = p.head_dim / 2, at = j + 2 * (threadIdx.x & 3);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int position = p.positions[min(row + 8 * r, p.m - 1)];
+    const float* table = p.rope + min(max(position, 0), p.rope_rows - 1) * p.rope_ld + at;
+    float2 cos[4], sin[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      cos[i] = *reinterpret_cast<const float2*>(table + 8 * i);
+      sin[i] = *reinterpret_cast<const float2*>(table + half + 8 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& x0 = x[4 * i + 2 * r];
+      float& x1 = x[4 * i + 2 * r + 1];
+      float& y0 = y[4 * i + 2 * r];
+      float& y1 = y[4 * i + 2 * r + 1];
+      const float h0 = x0 * cos[i].x - y0 * sin[i].x, h1 = x1 * cos[i].y - y1 * sin[i].y;
+      y0 = y0 * cos[i].x + x0 * sin[i].x;
+      y1 = y1 * cos[i].y + x1 * sin[i].y;
+      x0 = h0;
+      x1 = h1;
+    }
+  }
 }
 
-// What follows the sums of one unit: x and y are its two halves of 32 columns, of rows `row` and `row` + 8,
-// each as wgmma and mma leave them: block i of 8 columns, then row, then two columns from 2 q (q = lane mod
-// 4). bias: the unit's 64 biases in shared memory, or nullptr where there are none.
-__device__ __forceinline__ void finish(const Product& p, int row, int unit, float* x, float* y,
-                                       const float* bias, const Ahead& ahead) {
-  if (p.kind == ProductKind::kLinear) {
-    finish_linear(p, row, 64 * unit, x, bias, ahead.residual[0][0], ahead.residual[1][0]);
-    finish_linear(p, row, 64 * unit + 32, y, bias ? bias + 32 : nullptr, ahead.residual[0][1],
-                  ahead.residual[1][1]);
-    return;
-  }
-  if (p.kind == ProductKind::kGated) {
-    if (p.activated) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) x[i] = activate_fast(p, x[i]) * y[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) x[i] *= y[i];
-    }
-    store_row(p, row, 32 * unit, x, uint4{});
-    store_row(p, row + 8, 32 * unit, x + 2, uint4{});
-    return;
-  }
+// What follows the sums of a unit whose first row is row0. bias: the unit's 64 biases in shared memory, or
+// nullptr where there are none; staging: this warp's.
+__device__ __forceinline__ void finish(const Product& p, int row0, int unit, float* x, float* y,
+                                       const float* bias, const Ahead& ahead, uint32_t staging) {
+  const int lane = threadIdx.x & 31, row = row0 + lane / 4;
   const Columns c = columns_of(p, unit);
-  if (bias) {
-    add_bias(bias, x);
-    add_bias(bias + 32, y);
+  if (p.kind == ProductKind::kGated) {
+    if (p.activated) activate_16(p, x);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] *= y[i];
+  } else {
+    if (bias) {
+      add_bias(bias, x);
+      add_bias(bias + 32, y);
+    }
+    if (p.kind == ProductKind::kLinear) {
+      scale_and_gate(p, c.first, x);
+      scale_and_gate(p, c.second, y);
+    } else if (p.rotate && c.first < p.end[1]) {
+      rotate(p, row, c.first % p.head_dim, x, y);
+    }
   }
-  if (p.rotate && c.first < p.end[1]) {
-    const int q = threadIdx.x & 3, half = p.head_dim / 2;
-    const int j = c.first % p.head_dim + 2 * q;
+  const bool gated = p.kind == ProductKind::kGated;
+  if (!p.wide) {
+    const int first = gated ? 32 * unit : c.first;
+    store_narrow(p, row, first, eight_of(x));
+    store_narrow(p, row + 8, first, eight_of(x + 2));
+    if (gated) return;
+    store_narrow(p, row, c.second, eight_of(y));
+    store_narrow(p, row + 8, c.second, eight_of(y + 2));
+    return;
+  }
+  // Matrices of 8 x 8: lane l names row l mod 8 of matrix l / 8; they are rows + 0, + 8 of one piece, then of
+  // the next.
+  const int matrix_row = lane % 16, matrix_piece = lane / 16;
+  if (p.residual) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int position = p.positions[min(row + 8 * r, p.m - 1)];
-      const float* table = p.rope + min(max(position, 0), p.rope_rows - 1) * p.rope_ld + j;
+    for (int t = 0; t < 4; ++t)
+      store_shared16(staged(staging, 4 * t + lane / 8, lane % 8), ahead.residual[t]);
+    __syncwarp();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 cos = *reinterpret_cast<const float2*>(table + 8 * i);
-        const float2 sin = *reinterpret_cast<const float2*>(table + half + 8 * i);
-        float& x0 = x[4 * i + 2 * r];
-        float& x1 = x[4 * i + 2 * r + 1];
-        float& y0 = y[4 * i + 2 * r];
-        float& y1 = y[4 * i + 2 * r + 1];
-        const float h0 = x0 * cos.x - y0 * sin.x, h1 = x1 * cos.y - y1 * sin.y;
-        y0 = y0 * cos.x + x0 * sin.x;
-        y1 = y1 * cos.y + x1 * sin.y;
-        x0 = h0;
-        x1 = h1;
+    for (int i = 0; i < 8; i += 2) {
+      float* const v = i < 4 ? x + 4 * i : y + 4 * (i - 4);
+      uint32_t r[4];
+      ldmatrix_x4(r, staged(staging, matrix_row, i + matrix_piece));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 f = unpack2(r[e]);
+        v[4 * (e / 2) + 2 * (e % 2)] += f.x;
+        v[4 * (e / 2) + 2 * (e % 2) + 1] += f.y;
+      }
+    }
+    __syncwarp();
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    if (gated && i >= 4) break;
+    const float* const v = i < 4 ? x + 4 * i : y + 4 * (i - 4);
+    const uint32_t r[4] = {pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7])};
+    store_matrix_x4(staged(staging, matrix_row, i + matrix_piece), r, staging, i);
+  }
+  __syncwarp();
+  if (gated) {
+    const int col = 32 * unit + lane % 4 * 8;
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int r = 8 * t + lane / 4;
+      if (row0 + r < p.m && col < p.cols) {
+        *reinterpret_cast<uint4*>(static_cast<bf16*>(p.out) + (row0 + r) * p.ldo + col) =
+            load_shared16(staged(staging, r, lane % 4));
+      }
+    }
+  } else {
+    const int piece = lane % 8, col = piece < 4 ? c.first + 8 * piece : c.second + 8 * (piece - 4);
+    bf16* to = static_cast<bf16*>(p.out) + col;
+    int64_t ld = p.ldo;
+    int end = p.cols;
+    if (p.kind == ProductKind::kQkv) {
+      const int part = col < p.end[0] ? 0 : col < p.end[1] ? 1 : 2;
+      to = p.part[part] + col - (part == 0 ? 0 : part == 1 ? p.end[0] : p.end[1]);
+      ld = p.part_ld[part];
+      end = p.end[2];
+    }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int r = 4 * t + lane / 8;
+      if (row0 + r < p.m && col < end) {
+        *reinterpret_cast<uint4*>(to + (row0 + r) * ld) = load_shared16(staged(staging, r, piece));
       }
     }
   }
-  store_parts(p, row, c.first, x);
-  store_parts(p, row + 8, c.first, x + 2);
-  store_parts(p, row, c.second, y);
-  store_parts(p, row + 8, c.second, y + 2);
+  __syncwarp();
 }
+
+struct Tile {
+  int groups = 0;   // rows: 64 of each warpgroup
+  int columns = 0;  // packed columns
+  int split = 1;    // blocks that share one tile's k, summed within a cluster
+};
 
 // ---- operations as products: launches what prepares x (a norm), if anything, and sets at.pdl if so
 cudaError_t make_product(const Linear& op, Launch& at, Product* p);
@@ -301,15 +338,9 @@ cudaError_t make_product(const GatedLinear& op, Launch& at, Product* p);
 cudaError_t make_product(const Qkv& op, Launch& at, Product* p);
 
 // ---- the kernels, by device
-struct Tile {
-  int groups = 0;   // rows: 64 of each warpgroup
-  int columns = 0;  // packed columns
-  int pair = 1;     // 2: two neighbouring column tiles share what they read of a
-  int split = 1;    // blocks that share one tile's k, summed within a cluster
-};
 cudaError_t product_sm90(const Product& p, const Tile& tile, const Launch& at);
 cudaError_t product_sm80(const Product& p, const Launch& at);
-// Tiles that product_sm90 has been compiled for, and the one expected to be fastest.
+// Whether product_sm90 has been compiled for a tile; and the one expected to be fastest.
 bool has_tile_sm90(const Tile& tile);
 Tile choose_tile_sm90(const Product& p, int sms);
 

@@ -85,13 +85,15 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
       }
     }
   }
+  cp_async_wait<0>();
+  __syncthreads();  // the ring becomes what is stored from
   const int unit = 2 * tile_n + warp_n;
   if (64 * unit >= p.n) return;
 #pragma unroll
   for (int mi = 0; mi < 2; ++mi) {
-    const int at = tile_m * kTile + warp_m * 32 + mi * 16 + lane / 4;
-    finish(p, at, unit, &c[mi][0][0], &c[mi][4][0], p.has_bias ? bias + 64 * warp_n : nullptr,
-           look_ahead(p, at, unit));
+    const int row0 = tile_m * kTile + warp_m * 32 + mi * 16;
+    finish(p, row0, unit, &c[mi][0][0], &c[mi][4][0], p.has_bias ? bias + 64 * warp_n : nullptr,
+           look_ahead(p, row0, unit), ring + warp * kStaging);
   }
 }
 

@@ -33,19 +33,9 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 #if VLA_SM90
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 #else
   (void)barrier;
-#endif
-}
-// Arrives at the same barrier of block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-#if VLA_SM90
-  asm volatile(
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
-      : "memory");
-#else
-  (void)barrier, (void)rank;
 #endif
 }
 // Waits for the end of the phase of this parity.
@@ -77,19 +67,6 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 #else
   (void)to, (void)map, (void)barrier, (void)x, (void)y;
-#endif
-}
-// The same box to the same place of every block in `mask`, each of whose barriers counts the bytes.
-__device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x,
-                                              int y, uint16_t mask) {
-#if VLA_SM90
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
-      : "memory");
-#else
-  (void)to, (void)map, (void)barrier, (void)x, (void)y, (void)mask;
 #endif
 }
 __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
