@@ -308,10 +308,10 @@ cudaError_t product_sm90(const Product& p, const Tile& tile, const Launch& at) {
 }
 
 // The tile with the least time by a count of cycles, whose constants were fitted to 489 timings of 17
-// products on an H200: it names the fastest tile for 16 of them, and one within 6 % for the last
+// products on an H200: for each of them it names the fastest tile measured, or one within 1 % of it
 // (docs/performance.md, "Vision and prefix"). The matrix unit does 64 x 256 x 16 in 128 cycles, at best seven
 // eighths of the time; all multiprocessors together are fed some 7.3 KB, and each 64 bytes, a cycle;
-// starting, filling the ring and storing cost by the tile, and storing and merging by the number too.
+// starting, filling the ring and storing cost by the tile, storing by the number too, merging by the parts.
 Tile choose_tile_sm90(const Product& p, int sms) {
   const int slices = ceil_div(p.k, kSlice);
   Tile best;
@@ -324,7 +324,7 @@ Tile choose_tile_sm90(const Product& p, int sms) {
       const double size = 64.0 * e.groups * e.columns, bytes = (64.0 * e.groups + e.columns) * kSlice * 2;
       const double slice =
           std::max({1.143 * size * kSlice / 2048, bytes * std::min(blocks, room) / 7295, bytes / 64.4});
-      const double merge = split > 1 ? 2232 + 0.165 * size : 0.0;
+      const double merge = split > 1 ? 1100 * split + 0.1 * size : 0.0;
       const double time =
           ceil_div(blocks, room) * (ceil_div(slices, split) * slice + 0.09 * size + 5142) + merge;
       if (best.groups == 0 || time < least) {
