@@ -189,7 +189,7 @@ def _variance(hits: int, number: int) -> float:
 
 def _dropped(document: dict[str, Any]) -> tuple[int, int]:
     frames = document["frames"]
-    return frames["dropped"], max(frames["images_sent"].values(), default=0)
+    return frames["dropped"], min(frames["images_sent"].values(), default=0)
 
 
 def _missed(document: dict[str, Any]) -> tuple[int, int]:

@@ -263,7 +263,10 @@ def _result(
     trace = make_trace(arrays, meta, heard, options, first)
     window = extra.pop("window", None)
     if window is not None:
-        trace = cut(trace, (window[0] - first) * NS, (window[1] - first) * NS)
+        begun, ended = ((edge - first) * NS for edge in window)
+        inside = [t for times in trace.sent.values() for t in times if begun <= t < ended]
+        trace = cut(trace, min(inside), max(inside))
+        trace.duration += _period(trace)
     if heard.commands:
         trace.cold_start = start_up + (heard.commands[0][0] - first) * NS
     commands = sum(tick.values is not None for tick in trace.ticks)
@@ -358,12 +361,16 @@ def make_trace(
             )
         )
     _count(trace, arrays, meta, heard)
-    trace.duration = max(
-        [trace.ticks[-1].time if trace.ticks else 0.0, *(t[-1] for t in trace.sent.values() if t)]
-    )
-    # Ticks before the first image say nothing about the replay.
-    trace.ticks = [tick for tick in trace.ticks if tick.time >= 0]
+    # Before the first image and after the last one's period there is nothing to act on.
+    trace.duration = max(times[-1] for times in trace.sent.values() if times) + _period(trace)
+    trace.ticks = [tick for tick in trace.ticks if 0 <= tick.time < trace.duration]
     return trace
+
+
+def _period(trace: Trace) -> float:
+    """The usual time (s) between two images of the camera that sends most."""
+    most = max(trace.sent.values(), key=len)
+    return float(np.median(np.diff(most))) if len(most) > 1 else 0.0
 
 
 def _count(trace: Trace, arrays: dict[str, Any], meta: dict[str, Any], heard: _Heard) -> None:
@@ -392,7 +399,7 @@ def cut(trace: Trace, start: float, end: float) -> Trace:
     from dataclasses import replace
 
     def inside(time: float) -> bool:
-        return start <= time < end
+        return start <= time <= end
 
     return replace(
         trace,

@@ -79,6 +79,9 @@ def markdown(document: dict[str, Any]) -> str:
         if not isinstance(value, (dict, list))
     ]
     parts.append(table(["", "value"], rows))
+    if "trials" in document["extra"]:
+        trials = [[f"{t['rate_hz']:g}", _share(t["dropped_share"])] for t in document["extra"]["trials"]]
+        parts.append(table(["rate tried, Hz", "dropped"], trials))
     if document["agreement"]:
         found = document["agreement"]
         against = "recorded commands" if found["source"] == "commands" else "joint positions reached later"

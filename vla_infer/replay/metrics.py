@@ -127,7 +127,7 @@ def seam_jumps(ticks: list[Tick]) -> dict[str, Any] | None:
 def frames(trace: Trace) -> dict[str, Any]:
     """Images sent, observations inferred, drops and refusals."""
     counts = {topic: len(times) for topic, times in trace.sent.items()}
-    reference = max(counts.values(), default=0)
+    reference = min(counts.values(), default=0)  # an observation takes an image of each camera
     inferred = len(trace.inferences)
     return {
         "images_sent": counts,
@@ -144,10 +144,10 @@ def frames(trace: Trace) -> dict[str, Any]:
 def ros2_benchmark(trace: Trace) -> dict[str, float | None]:
     """The same run in the names of NVIDIA's ros2_benchmark (ms, frames per second).
 
-    A frame sent is an image of the camera that sends most; a frame received is the first command of
+    A frame sent is an image of the camera that sends least; a frame received is the first command of
     an observation, or its chunk where there are no control ticks.
     """
-    sent = max(trace.sent.values(), key=len, default=[])
+    sent = min(trace.sent.values(), key=len, default=[])
     firsts = first_commands(trace)
     by_time: list[tuple[Inference, float]] = []
     for one in trace.inferences:

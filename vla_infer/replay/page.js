@@ -343,6 +343,19 @@ function agreement() {
   }
 }
 
+function sweep() {
+  const trials = report.extra.trials;
+  if (!trials) return;
+  const found = report.extra.highest_rate_hz;
+  const node = section("Rates tried", (found === null ? "No rate" : `${number(found)} Hz`) + " is the highest camera rate with less than 5 % of the observations dropped. The rest of this page is of the trial at that rate.");
+  const shown = [...trials].sort((a, b) => a.rate_hz - b.rate_hz);
+  const xs = shown.map((t) => t.rate_hz), ys = shown.map((t) => 100 * t.dropped_share);
+  const plot = axes(make(node, "div"), { width: 1180, height: 220, x: [0, Math.max(...xs) * 1.05], y: [0, Math.max(10, ...ys) * 1.05], xName: "Hz", yName: "% dropped" });
+  polyline(plot, xs, ys, "var(--wait)");
+  dots(plot, xs, ys, SERIES[0], 3.5);
+  rule(plot, 5, "5 %");
+}
+
 function everything() {
   const node = section("Everything else");
   const { samples, trace: _, latency_ms, ...rest } = report;
@@ -352,6 +365,7 @@ function everything() {
 }
 
 header();
+sweep();
 happened();
 ages();
 latencies();

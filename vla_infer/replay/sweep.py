@@ -75,4 +75,4 @@ def sweep(player: Any, bag: Bag, topics: TopicMap, options: LiveOptions, node: N
 
 
 def _images(player: Any) -> int:
-    return max(len(sent.times) for sent in player.sent.values())
+    return min(len(sent.times) for sent in player.sent.values())
