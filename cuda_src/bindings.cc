@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "engine.h"
+#include "errors.h"
 
 namespace py = pybind11;
 using vla::DType;
@@ -48,9 +49,28 @@ py::array over(py::object owner, const void* data, const PlaceTuple& t) {
   return py::array(format, {py::ssize_t{rows}, py::ssize_t{cols}}, {ld * size, size}, data, owner);
 }
 
+// What the engine throws, as the package's own exceptions; pybind11's are left to it.
+void translate(std::exception_ptr thrown) {
+  const auto raise = [](const char* type, const std::exception& error) {
+    py::set_error(py::module_::import("vla_infer.errors").attr(type), error.what());
+  };
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const py::builtin_exception&) {
+    throw;
+  } catch (const vla::DeviceLost& error) {
+    raise("DeviceLostError", error);
+  } catch (const std::runtime_error& error) {
+    raise("EngineError", error);
+  } catch (const std::logic_error& error) {
+    raise("EngineError", error);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_engine, m) {
+  py::register_local_exception_translator(translate);
   m.doc() = "The engine behind vla_infer.engine. Private.";
   m.def("version", &vla::version);
   m.def("built_with_cuda", &vla::built_with_cuda);

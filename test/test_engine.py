@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vla_infer import _engine
 from vla_infer.engine import Engine
 from vla_infer.errors import EngineError
 from vla_infer.tape import Tape, Weight
@@ -106,3 +107,15 @@ def test_refuses(options: dict[str, str], message: str) -> None:
 def test_weight_of_the_wrong_shape() -> None:
     with pytest.raises(EngineError, match=r"w: expected \(8, 8\), got \(8, 9\)"):
         Engine([one_product()], lambda _: np.zeros((8, 9), np.float32))
+
+
+def test_the_engines_errors_are_the_packages() -> None:
+    """An error inside the library arrives as EngineError, a caller's mistake in a call as Python's own."""
+    native = _engine.Engine(device="cpu", bf16=False, threads=1)
+    with pytest.raises(EngineError, match="expected at least one matrix"):
+        native.pack(0, [], 1)
+    native.reserve(256)
+    with pytest.raises(EngineError, match="reserved already"):
+        native.reserve(256)
+    with pytest.raises(TypeError):
+        native.reserve("much")  # type: ignore[arg-type]

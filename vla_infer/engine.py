@@ -65,7 +65,12 @@ class Program:
         self._native.use(self._index[name], size)
 
     def run(self, times: int = 1) -> None:
-        """Inputs to outputs, `times` times over, without the interpreter's lock."""
+        """Inputs to outputs, `times` times over, without the interpreter's lock.
+
+        Raises:
+            DeviceLostError: the device can do nothing more in this process.
+            EngineError: anything else that the device reports.
+        """
         self._native.run(times)
 
     def profile(self) -> dict[str, float]:
@@ -109,13 +114,10 @@ class Engine:
         self._read = read
         self._weights: dict[object, int] = {}
         self._tensors: dict[object, int] = {}
-        try:
-            self._native = _engine.Engine(device=device, bf16=precision == "bf16", threads=threads or 0)
-            layouts = [plan(tape, PRECISIONS[precision]) for tape in tapes]
-            self._native.reserve(max(layout.arena_bytes for layout in layouts))
-            self.programs = [Program(self, t, layout) for t, layout in zip(tapes, layouts, strict=True)]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise EngineError(str(error)) from error
+        self._native = _engine.Engine(device=device, bf16=precision == "bf16", threads=threads or 0)
+        layouts = [plan(tape, PRECISIONS[precision]) for tape in tapes]
+        self._native.reserve(max(layout.arena_bytes for layout in layouts))
+        self.programs = [Program(self, t, layout) for t, layout in zip(tapes, layouts, strict=True)]
 
     @property
     def device_name(self) -> str:
