@@ -31,3 +31,12 @@ _domains = itertools.count(os.getpid())
 def ros_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ROS domain for each test: nodes of the last one, or of another checkout's run, are not heard."""
     monkeypatch.setenv("ROS_DOMAIN_ID", str(1 + next(_domains) % 100))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fault-trials",
+        type=int,
+        default=4,
+        help="how often test/faults tries what takes seconds (default: 4)",
+    )

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 import rclpy
@@ -22,26 +22,20 @@ from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.signals import SignalHandlerOptions
 
-from .chunk import ActionLayout
 from .contract import Contract, load_contract
-from .delay import InferenceWatchdog
 from .doctor import FAIL
 from .errors import ObservationError
 from .failsafe import Level
 from .frame import FrameBuffer
 from .heap import keep_heap
-from .motion import Motion
-from .node_control import Control, Observing
-from .node_diagnostics import Running, array, describe_running, describe_state
-from .node_inference import InferenceWorker, Inferring
-from .node_inputs import Inputs, InstructionSlot
+from .node_assembly import JOIN, Running, Surroundings, assemble
+from .node_diagnostics import array, describe_running, describe_state
+from .node_inputs import InstructionSlot
 from .node_observer import Observer
 from .node_parameters import NodeParameters, Settings
 from .node_safety import EmergencyStop, Preflight, RunSwitch
 from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
 
-# How long cleanup waits for an inference that is under way; the thread ends by itself after that.
-_JOIN = 0.2
 #: Of a process that the failsafe gave up: the device is lost or an inference hangs. It is to be started anew.
 EXIT_STATUS = 3
 
@@ -151,27 +145,11 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             self.stop_requested,
             discard=lambda late: late.close(),
         )
-        with ExitStack() as undo:  # what is made is unmade when a later part fails
-            undo.callback(policy.close)
-            info = policy.info
-            contract.check_policy(info)
-            slot = InstructionSlot(contract.instruction.default, allowed=contract.instruction.allowed)
-            slot.put(settings.instruction)
-            buffer, layout = FrameBuffer(contract), ActionLayout(contract)
-            clock, reporter = self._clock_pair, self._reporter
-            motion = Motion(contract, 1.0 / (settings.control_rate or contract.control_rate))
-            watchdog = InferenceWatchdog(contract.failsafe.inference_timeout)
-            source = Inferring(buffer, layout, slot, motion.scheduler, watchdog)
-            worker = InferenceWorker(policy, source, reporter=reporter)
-            undo.pop_all()  # the policy is the worker's from here on
-            undo.callback(worker.stop, _JOIN)
-            observing = Observing(buffer, worker, slot, self._emergency, self._stop)
-            control = Control(self, layout, motion, observing, dry_run=settings.dry_run, reporter=reporter)
-            undo.callback(control.destroy)
-            inputs = Inputs(self, contract, buffer, slot, clock=clock, reporter=reporter, arrived=worker.wake)
-            undo.pop_all()
-        if reporter.observer is not None:
-            reporter.observer.configured(motion, reporter.counts)
+        around = Surroundings(self, self._reporter, self._emergency, self._stop)
+        running = assemble(around, settings, contract, policy)
+        info, control, motion = running.info, running.control, running.control.motion
+        if self._reporter.observer is not None:
+            self._reporter.observer.configured(motion, self._reporter.counts)
         self.get_logger().info(
             f"{info.family} for '{contract.robot}': {len(contract.cameras)} cameras, state {info.state_dim}, "
             f"actions {info.horizon}x{info.action_dim}, {info.weight_bytes / 2**20:.1f} MiB of weights"
@@ -184,8 +162,8 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
             self.get_logger().warning(
                 f"{contract.path}: no limit at all for {', '.join(motion.unlimited)}; give limits or a urdf"
             )
-        self._table.live["instruction"] = functools.partial(_set_instruction, slot)
-        return Running(settings, contract, info, slot, buffer, worker, inputs, control)
+        self._table.live["instruction"] = functools.partial(_set_instruction, running.slot)
+        return running
 
     def _active_slot(self) -> InstructionSlot | None:
         return self._running.slot if self._running is not None and self._label == "active" else None
@@ -266,7 +244,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._table.live.clear()
         running.inputs.destroy()
         running.control.destroy()
-        if not running.worker.stop(_JOIN):
+        if not running.worker.stop(JOIN):
             self.thread_left = True
             self.get_logger().info("an inference is still under way; its policy is closed when it ends")
         self._table.changeable = True

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
-from .contract import Contract
-from .frame import FrameBuffer
-from .node_control import Control
-from .node_inference import InferenceWorker
-from .node_inputs import Inputs, InstructionSlot
-from .node_parameters import Settings
+from .node_assembly import Running
 from .node_support import NodeClock
 from .scheduler import Verdict
 from .stats import Window
-
-
-@dataclass(frozen=True)
-class Running:
-    """Everything that exists between configuration and cleanup."""
-
-    settings: Settings
-    contract: Contract
-    info: Any  # PolicyInfo
-    slot: InstructionSlot
-    buffer: FrameBuffer
-    worker: InferenceWorker
-    inputs: Inputs
-    control: Control
 
 
 def describe_state(label: str, problem: str, running: Running | None) -> DiagnosticStatus:

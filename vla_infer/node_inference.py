@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,28 +41,30 @@ class Outcome:
     lost: bool = False
 
 
-class InferenceWorker:
-    """Owns the policy from start to close. Only `enable`d does it infer; what came of it waits in `outcomes`."""
+class Inference:
+    """One inference after the other: `step`, from one thread; what came of them waits in `outcomes`.
 
-    def __init__(self, policy: Any, source: Inferring, *, reporter: Reporter) -> None:
+    pause(seconds): waits after a failure.
+    """
+
+    def __init__(
+        self, policy: Any, source: Inferring, *, reporter: Reporter, pause: Callable[[float], object]
+    ) -> None:
         self._policy = policy
         self._source = source
         self._clock = reporter.clock
         self._reporter = reporter
-        self._wake = threading.Event()
-        self._stopped = threading.Event()
+        self._pause = pause
         self._enabled = False
         # The control tick takes from the left; a few suffice, for it takes all at every tick.
         self.outcomes: deque[Outcome] = deque(maxlen=8)
         self.stages = {name: Window() for name in ("decode", "predict", "observation to chunk")}
         self.last_error = ""
         self._began: float | None = None  # s, steady clock: since when the policy has been busy
-        self._thread = threading.Thread(target=self._run, name="vla_inference", daemon=True)
-        self._thread.start()
 
     def enable(self) -> None:
         self._enabled = True
-        self._wake.set()
+        self.wake()
 
     def disable(self) -> None:
         """Start no further inference. One that is running goes on; its chunk is refused by its age."""
@@ -69,18 +72,7 @@ class InferenceWorker:
         self.outcomes.clear()
 
     def wake(self) -> None:
-        self._wake.set()
-
-    def stop(self, timeout: float) -> bool:
-        """End the thread and close the policy; False if an inference outlasts `timeout` seconds.
-
-        The thread then ends and closes the policy by itself, as soon as the inference returns.
-        """
-        self._enabled = False
-        self._stopped.set()
-        self._wake.set()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """An observation or an instruction arrived."""
 
     def hangs(self) -> str:
         """Why the inference under way counts as hanging; empty while it does not."""
@@ -89,18 +81,13 @@ class InferenceWorker:
             return ""
         return f"an inference has not returned for {limit:.1f} s"
 
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            self._wake.wait(0.5)
-            self._wake.clear()
-            while self._enabled and not self._stopped.is_set() and self._infer():
-                pass
+    def close_policy(self) -> None:
         try:
             self._policy.close()
         except Exception as error:
             self._reporter.error("policy close", f"policy: closing failed: {describe(error)}")
 
-    def _infer(self) -> bool:
+    def step(self) -> bool:
         """One inference; False when there was nothing to infer."""
         source = self._source
         instruction, generation = source.slot.current
@@ -159,8 +146,41 @@ class InferenceWorker:
         self._reporter.error("inference", f"inference failed: {self.last_error}; holding")
         if self._enabled:
             self.outcomes.append(Outcome(None, self.last_error, lost=isinstance(error, DeviceLostError)))
-        self._stopped.wait(_RETRY)
+        self._pause(_RETRY)
 
     def _refused(self, error: ObservationError) -> None:
         self._reporter.counts.add("frames_rejected")
         self._reporter.warn("frame", f"{error}; observation ignored")
+
+
+class InferenceWorker(Inference):
+    """The inference thread. Owns the policy from start to close; infers only while it is enabled."""
+
+    def __init__(self, policy: Any, source: Inferring, *, reporter: Reporter) -> None:
+        self._wake = threading.Event()
+        self._stopped = threading.Event()
+        super().__init__(policy, source, reporter=reporter, pause=self._stopped.wait)
+        self._thread = threading.Thread(target=self._run, name="vla_inference", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self, timeout: float) -> bool:
+        """End the thread and close the policy; False if an inference outlasts `timeout` seconds.
+
+        The thread then ends and closes the policy by itself, as soon as the inference returns.
+        """
+        self._enabled = False
+        self._stopped.set()
+        self._wake.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._wake.wait(0.5)
+            self._wake.clear()
+            while self._enabled and not self._stopped.is_set() and self.step():
+                pass
+        self.close_policy()
