@@ -82,6 +82,11 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+// The warp's number, known by the compiler to be the same for all its threads.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+}
+
 // ---- shared memory, asynchronous copies, matrix units (sm_80 and up)
 // -----------------------------------------------
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
@@ -212,6 +217,14 @@ cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
     if (error != cudaSuccess) return error;
+  }
+  // One split of L1 for all kernels: a multiprocessor that has to change it first runs dry, and nothing
+  // overlaps.
+  if (const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                     cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                     cudaSharedmemCarveoutMaxShared);
+      error != cudaSuccess) {
+    return error;
   }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};

@@ -31,6 +31,7 @@ class CudaDevice final : public Device {
     }
     VLA_CHECK(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "making a stream");
     context_.layouts = &layouts_;
+    context_.squares = reinterpret_cast<float*>(allocate(sizeof(float) * kSmallRows * kSquareParts));
   }
   ~CudaDevice() override {
     cudaStreamSynchronize(context_.stream);
@@ -100,8 +101,8 @@ class CudaDevice final : public Device {
 
   void run_once(const std::vector<Op>& ops) override {
     prepare(ops);
-    bool first = true;
-    enqueue(ops, context_, 0, first);
+    Sequence at;
+    enqueue(ops, context_, 0, at);
     VLA_CHECK(cudaStreamSynchronize(context_.stream), "computing tables");
   }
 
@@ -111,7 +112,7 @@ class CudaDevice final : public Device {
     prepare(script.after);
     VLA_CHECK(cudaStreamSynchronize(context_.stream), "uploading weights");
     release_staging();
-    return capture(std::move(script), context_);
+    return capture(std::move(script), context_, pool_);
   }
 
  private:

@@ -82,6 +82,67 @@ int stable_keys(const Attention& op, const std::vector<Op>& ops, int steps) {
   return stable;
 }
 
+const Norm* norm_of(const Op& op) {
+  return std::visit(
+      [](const auto& o) -> const Norm* {
+        if constexpr (requires { o.norm; }) {
+          return &o.norm;
+        } else {
+          return nullptr;
+        }
+      },
+      op);
+}
+
+const Weight* product_weight(const Op& op) {
+  return std::visit(
+      [](const auto& o) -> const Weight* {
+        if constexpr (requires { o.w; }) {
+          return &o.w;
+        } else {
+          return nullptr;
+        }
+      },
+      op);
+}
+
+bool normalises_output_of(const Op& op, const Op& before) {
+  const auto* linear = std::get_if<Linear>(&before);
+  const Norm* norm = norm_of(op);
+  if (!linear || !norm || norm->kind != NormKind::kRms) return false;
+  const View x = std::visit(Overloaded{[](const Euler& o) { return o.h; },
+                                       [](const auto& o) {
+                                         if constexpr (requires { o.x; }) {
+                                           return o.x;
+                                         } else {
+                                           return View{};
+                                         }
+                                       }},
+                            op);
+  const View& y = linear->out;
+  return x.base == y.base && x.rows == y.rows && x.cols == y.cols && x.ld == y.ld && x.dtype == y.dtype &&
+         x.step_bytes == y.step_bytes;
+}
+
+bool is_constant(const View& v, const Script& script) {
+  const auto end = [&](const View& of) {
+    return of.base + ((of.rows - 1) * of.ld + of.cols) * static_cast<int64_t>(size_of(of.dtype)) +
+           (script.steps - 1) * of.step_bytes;
+  };
+  const auto apart = [&](const View& w) { return !w || w.base >= end(v) || end(w) <= v.base; };
+  for (const View& w : script.inputs) {
+    if (!apart(w)) return false;
+  }
+  for (const std::vector<Op>* ops : {&script.before, &script.body, &script.after}) {
+    for (const Op& op : *ops) {
+      for (const View& w : writes_of(op)) {
+        if (!apart(w)) return false;
+      }
+    }
+  }
+  return true;
+}
+
 bool is_small(const Op& op, Layout layout) {
   if (const auto* a = std::get_if<Attention>(&op)) {
     return a->q.rows / a->batch <= kSmallRows && refuse_small(op).empty();
@@ -121,9 +182,8 @@ std::string refuse_small(const Op& op) {
       if (v->ld % 8 || reinterpret_cast<uintptr_t>(v->base) % 16) return "rows are not 16-byte aligned";
     }
   }
-  if (const auto* q = std::get_if<Qkv>(&op);
-      q && q->rope && q->head_dim != 64 && q->head_dim != 128 && q->head_dim != 256) {
-    return "rotary embedding of head size " + std::to_string(q->head_dim) + ": expected 64, 128 or 256";
+  if (const auto* q = std::get_if<Qkv>(&op); q && q->rope && q->head_dim % 2) {
+    return "rotary embedding of head size " + std::to_string(q->head_dim) + ": expected an even one";
   }
   return {};
 }

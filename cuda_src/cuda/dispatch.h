@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "../device.h"
 #include "kernels.h"
 
 namespace vla::cuda {
@@ -22,8 +23,19 @@ cudaError_t launch_op(const Op& op, Layout layout, const Launch& at);
 // What the operation writes.
 std::vector<View> writes_of(const Op& op);
 
-// Rows of k and v, from the first, that none of `ops` writes in any of `steps` iterations.
+// Rows of k and v, from the first, that none of `ops` writes in any of `steps` iterations; 0 where one writes
+// blocks.
 int stable_keys(const Attention& op, const std::vector<Op>& ops, int steps);
+
+// The norm and the weight of a product, nullptr where there is none.
+const Norm* norm_of(const Op& op);
+const Weight* product_weight(const Op& op);
+
+// True where the rows that `op` normalises are the whole of what `before` writes.
+bool normalises_output_of(const Op& op, const Op& before);
+
+// True where running the script never changes what `v` shows.
+bool is_constant(const View& v, const Script& script);
 
 // The packed weight of an operation, nullptr where it has none.
 const void* weight_of(const Op& op);

@@ -27,9 +27,21 @@ struct Launch {
   std::byte* scratch = nullptr;  // scratch_bytes, 256-byte aligned, shared by all launches of the stream
   size_t scratch_bytes = 0;
   // Attention in the loop: rows of k and v, from the first, that were written before the loop's first kernel
-  // began and that no kernel of the loop writes. They may be read before pdl_wait().
+  // began and that no kernel of the loop writes. They, and the blocks if this is not 0, may be read before
+  // pdl_wait().
   int stable_keys = 0;
+  // Small products with an RMS norm. squares (kSmallRows, kSquareParts): room for the sums of squares of x's
+  // rows, squares_in: the same where the launch before has put them there, as square_parts parts a row;
+  // squares_out: where to put those of what a Linear writes; null: nowhere.
+  float* squares = nullptr;
+  const float* squares_in = nullptr;
+  float* squares_out = nullptr;
+  int square_parts = 0;
+  // norm.bias W^T in the order of W's packed rows, see make_shift; null: not known.
+  const float* shift = nullptr;
+  bool norm_constant = false;  // norm.weight was written before the plan was made
 };
+constexpr int kSquareParts = 64;
 
 constexpr int kSmallRows = 64;
 
@@ -60,6 +72,15 @@ cudaError_t launch_small(const GatedLinear& op, const Launch& at);
 cudaError_t launch_small(const Qkv& op, const Launch& at);
 cudaError_t launch_small(const Attention& op, const Launch& at);  // q rows / batch <= 64
 cudaError_t launch_small(const Euler& op, const Launch& at);
+
+// Whether a Linear leaves the sums of squares of what it writes in Launch::squares_out, and in how many parts
+// a row.
+int small_square_parts(const Linear& op, const Launch& at);
+
+// Rows of a kFragments weight with their padding, and bias W^T in their order for `steps` rows of norm
+// biases: bias (steps, k) f32 to shift (steps, packed_rows_small).
+int packed_rows_small(const Weight& w);
+cudaError_t make_shift(const View& bias, int steps, const Weight& w, float* shift, const Launch& at);
 
 // ---- large (any m): weights are kRows
 // -------------------------------------------------------------------------

@@ -54,25 +54,27 @@ struct Port {
 
 class CudaPlan final : public Plan {
  public:
-  CudaPlan(Script script, const Context& context) : context_(context) {
+  CudaPlan(Script plan, const Context& context, std::vector<Known> what)
+      : context_(context), script_(std::move(plan)), known_(std::move(what)) {
+    const Script& script = script_;
+    const std::vector<Known>& known = known_;
     for (const View& v : script.inputs) inputs_.emplace_back(v);
     for (const View& v : script.outputs) outputs_.emplace_back(v);
     cudaGraph_t graph = nullptr;
     VLA_CHECK(cudaStreamBeginCapture(context.stream, cudaStreamCaptureModeThreadLocal), "capturing");
     try {
-      bool first = true;
-      move(inputs_, true, first);
-      enqueue(script.before, context, 0, first);
-      std::vector<int> stable;
-      for (const Op& op : script.body) {
-        const auto* a = std::get_if<Attention>(&op);
-        stable.push_back(a ? stable_keys(*a, script.body, script.steps) : 0);
+      Sequence at;
+      move(inputs_, true, at.first);
+      enqueue(script.before, context, 0, at);
+      at.first = true;  // what comes before the loop is done when any kernel of the loop begins: stable_keys
+                        // rests on it
+      for (int step = 0; step < script.steps; ++step) {
+        at.parts = 0;
+        enqueue(script.body, context, step, at, known);
       }
-      first = true;  // what comes before the loop is done when any kernel of the loop begins: stable_keys
-                     // rests on it
-      for (int step = 0; step < script.steps; ++step) enqueue(script.body, context, step, first, stable);
-      enqueue(script.after, context, 0, first);
-      move(outputs_, false, first);
+      at.parts = 0;
+      enqueue(script.after, context, 0, at);
+      move(outputs_, false, at.first);
     } catch (...) {
       cudaStreamEndCapture(context.stream, &graph);
       if (graph) cudaGraphDestroy(graph);
@@ -97,6 +99,11 @@ class CudaPlan final : public Plan {
     Port& p = inputs_.at(index);
     const size_t whole = p.view.cols * size_of(p.view.dtype);
     p.used = bytes < whole ? bytes : whole;
+  }
+
+  std::vector<double> profile() override {
+    run();  // inputs are where they belong
+    return cuda::profile(script_, context_, known_);
   }
 
   void run() override {
@@ -140,25 +147,73 @@ class CudaPlan final : public Plan {
   }
 
   Context context_;
+  Script script_;
+  std::vector<Known> known_;
   std::vector<Port> inputs_, outputs_;
   cudaGraphExec_t graph_ = nullptr;
 };
 
 }  // namespace
 
-void enqueue(const std::vector<Op>& ops, const Context& context, int step, bool& first,
-             const std::vector<int>& stable) {
+void enqueue(const std::vector<Op>& ops, const Context& context, int step, Sequence& at,
+             const std::vector<Known>& known) {
   for (size_t i = 0; i < ops.size(); ++i) {
     const Layout layout = context.layout(ops[i]);
-    Launch at = context.launch(step, !first);
-    if (!stable.empty()) at.stable_keys = stable[i];
-    VLA_CHECK(launch_op(ops[i], layout, at), describe(ops[i]));
-    first = false;
+    Launch here = context.launch(step, !at.first);
+    if (!known.empty()) {
+      here.stable_keys = known[i].stable_keys;
+      here.norm_constant = known[i].norm_constant;
+      if (known[i].shift) here.shift = known[i].shift + step * known[i].shift_step;
+    }
+    // what the launch before has left belongs to this operation only if it reads what that one wrote
+    if (at.parts > 0 && i > 0 && normalises_output_of(ops[i], ops[i - 1])) {
+      here.squares_in = context.squares, here.square_parts = at.parts;
+    }
+    at.parts = 0;
+    if (const auto* linear = std::get_if<Linear>(&ops[i]); linear && is_small(ops[i], layout)) {
+      at.parts = small_square_parts(*linear, here);
+      if (at.parts > 0) here.squares_out = context.squares;
+    }
+    VLA_CHECK(launch_op(ops[i], layout, here), describe(ops[i]));
+    at.first = false;
   }
 }
 
-std::unique_ptr<Plan> capture(Script script, const Context& context) {
-  return std::make_unique<CudaPlan>(std::move(script), context);
+namespace {
+
+// What is known of the loop's operations: see Known. Tables of norm biases times weights are computed here.
+std::vector<Known> look_at_loop(const Script& script, const Context& context, Pool& pool) {
+  std::vector<Known> all;
+  for (const Op& op : script.body) {
+    Known known;
+    if (const auto* a = std::get_if<Attention>(&op)) {
+      known.stable_keys = stable_keys(*a, script.body, script.steps);
+    }
+    const Norm* norm = norm_of(op);
+    const Weight* w = norm ? product_weight(op) : nullptr;
+    if (w && context.layout(op) == Layout::kFragments && norm->kind == NormKind::kRms) {
+      known.norm_constant = !norm->weight || is_constant(norm->weight, script);
+      if (norm->bias && is_constant(norm->bias, script)) {
+        const int steps = norm->bias.step_bytes != 0 ? script.steps : 1, columns = packed_rows_small(*w);
+        auto* table =
+            reinterpret_cast<float*>(pool.take(sizeof(float) * static_cast<size_t>(steps) * columns));
+        VLA_CHECK(cudaStreamSynchronize(nullptr), "clearing memory");
+        VLA_CHECK(make_shift(norm->bias, steps, *w, table, context.launch(0, false)), describe(op));
+        known.shift = table;
+        known.shift_step = steps > 1 ? columns : 0;
+      }
+    }
+    all.push_back(known);
+  }
+  VLA_CHECK(cudaStreamSynchronize(context.stream), "computing tables");
+  return all;
+}
+
+}  // namespace
+
+std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool) {
+  std::vector<Known> known = look_at_loop(script, context, pool);
+  return std::make_unique<CudaPlan>(std::move(script), context, std::move(known));
 }
 
 }  // namespace vla::cuda

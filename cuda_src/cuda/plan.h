@@ -15,10 +15,18 @@ struct Context {
   int sms = 0, arch = 0;
   std::byte* scratch = nullptr;
   size_t scratch_bytes = 0;
+  float* squares = nullptr;  // Launch::squares
   const std::map<const void*, Layout>* layouts = nullptr;
 
   Launch launch(int step, bool pdl) const {
-    return {stream, step, sms, arch, pdl, scratch, scratch_bytes, 0};
+    return {.stream = stream,
+            .step = step,
+            .sms = sms,
+            .arch = arch,
+            .pdl = pdl,
+            .scratch = scratch,
+            .scratch_bytes = scratch_bytes,
+            .squares = squares};
   }
   Layout layout(const Op& op) const {
     const auto it = layouts->find(weight_of(op));
@@ -26,11 +34,29 @@ struct Context {
   }
 };
 
-// Launches `ops` one after another; every launch but the first may overlap the end of the one before.
-// `stable`: for each operation its Launch::stable_keys, or empty.
-void enqueue(const std::vector<Op>& ops, const Context& context, int step, bool& first,
-             const std::vector<int>& stable = {});
+// What a plan knows of an operation of the loop beside the operation.
+struct Known {
+  int stable_keys = 0;           // see Launch
+  bool norm_constant = false;    // see Launch
+  const float* shift = nullptr;  // of step 0; the others follow
+  int64_t shift_step = 0;        // floats
+};
 
-std::unique_ptr<Plan> capture(Script script, const Context& context);
+// Launches `ops` one after another; every launch but the first may overlap the end of the one before.
+// `known`: of each operation, or empty. `parts`: of the sums of squares left by the last launch
+// (Launch::square_parts), in and out.
+struct Sequence {
+  bool first = true;
+  int parts = 0;
+};
+void enqueue(const std::vector<Op>& ops, const Context& context, int step, Sequence& at,
+             const std::vector<Known>& known = {});
+
+// Seconds of each operation, `before`, `body` (all steps together) and `after`, from runs of the whole of
+// them.
+std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known);
+
+// `pool` takes tables that live as long as the device.
+std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool);
 
 }  // namespace vla::cuda

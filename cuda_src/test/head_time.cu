@@ -31,12 +31,14 @@ struct Sizes {
 struct Timed {
   std::string kind;
   Op op;
+  const float* shift = nullptr;
 };
 
 // The denoising loop of a model: x f32 -> in -> layers -> euler, `steps` times.
 class Head {
  public:
-  explicit Head(const Sizes& s) : s_(s) {
+  Head(const Sizes& s, const Launch& at) : s_(s), at_(at) {
+    squares_ = matrix(cuda::kSmallRows, cuda::kSquareParts, DType::kF32, 0.0f).at<float>(0);
     const int q = s.heads * s.d, kv = s.kv_heads * s.d, total = s.prefix + s.rows;
     actions_ = matrix(s.rows, 32, DType::kF32, 1.0f);
     start_.resize(size_t(s.rows) * 32);
@@ -106,9 +108,10 @@ class Head {
     const bool pdl = at.pdl;
     at.pdl = false;
     bool fits = true;
+    parts_ = 0;
     for (int step = 0; step < s_.steps && fits; ++step) {
       for (const Timed& t : ops_) {
-        if (!only.empty() && t.kind != only) continue;
+        if (!only.empty() && (only[0] == '-' ? t.kind == only.substr(1) : t.kind != only)) continue;
         fits = fits && launch(t, at);
         at.pdl = pdl;
       }
@@ -141,8 +144,8 @@ class Head {
           [&](const auto& o) {
             if constexpr (requires { cuda::small::arguments(o, 0, 0, 1); }) {
               cuda::small::Args a = cuda::small::arguments(o, 0, 0, s_.rows);
-              cuda::small::choose_split(a, at);
-              result = {a.wn, a.split};
+              cuda::small::choose_split_sm90(a, at);
+              result = {a.wn / 2, a.split};
             }
           },
           t.op);
@@ -154,23 +157,54 @@ class Head {
   bool launch(const Timed& t, const Launch& at) {
     return std::visit(
         [&](const auto& o) {
+          Launch here = at;
+          here.stable_keys = s_.prefix;
+          here.squares = squares_, here.shift = t.shift, here.norm_constant = true;
+          if constexpr (requires { o.norm; }) {
+            if (o.norm.kind == NormKind::kRms && parts_ > 0)
+              here.squares_in = squares_, here.square_parts = parts_;
+          }
+          parts_ = 0;
+          if constexpr (std::is_same_v<std::decay_t<decltype(o)>, Linear>) {
+            parts_ = cuda::small_square_parts(o, here);
+            here.squares_out = parts_ > 0 ? squares_ : nullptr;
+          }
           if constexpr (requires { cuda::small::arguments(o, 0, 0, 1); }) {
             const auto it = splits.find(t.kind);
             if (it != splits.end()) {
               cuda::small::Args a = cuda::small::arguments(o, at.step, 0, s_.rows);
-              if (!cuda::small::set_split(a, it->second.first, it->second.second, at)) return false;
-              TEST_CUDA(cuda::small::run_product(a, at));
+              a.squares_in = here.squares_in, a.square_parts = here.square_parts,
+              a.squares_out = here.squares_out;
+              a.shift = here.shift, a.norm_constant = true;
+              if (!cuda::small::fits_sm90(a, here)) return false;
+              if (!cuda::small::set_split_sm90(a, it->second.first, it->second.second)) return false;
+              TEST_CUDA(cuda::small::run_product_sm90(a, here));
               return true;
             }
           }
-          Launch here = at;
-          here.stable_keys = s_.prefix;
           if constexpr (requires { cuda::launch_small(o, at); }) TEST_CUDA(cuda::launch_small(o, here));
           return true;
         },
         t.op);
   }
-  void add(const std::string& kind, const Op& op) { ops_.push_back({kind, op}); }
+  void add(const std::string& kind, const Op& op) {
+    const float* shift = std::visit(
+        [&](const auto& o) -> const float* {
+          if constexpr (requires {
+                          o.norm;
+                          o.w;
+                        }) {
+            if (!o.norm.bias) return nullptr;
+            const View to = matrix(1, cuda::packed_rows_small(o.w), DType::kF32, 0.0f);
+            TEST_CUDA(cuda::make_shift(o.norm.bias, 1, o.w, to.at<float>(0), at_));
+            TEST_CUDA(cudaStreamSynchronize(at_.stream));
+            return to.at<float>(0);
+          }
+          return nullptr;
+        },
+        op);
+    ops_.push_back({kind, op, shift});
+  }
   static View rows_of(View v, int first, int rows) {
     v.base += first * v.ld * int64_t(size_of(v.dtype));
     v.rows = rows;
@@ -210,6 +244,9 @@ class Head {
   }
 
   Sizes s_;
+  Launch at_;
+  float* squares_ = nullptr;
+  int parts_ = 0;  // of the sums of squares that the launch before left
   std::vector<Timed> ops_;
   std::vector<void*> memory_;
   std::unique_ptr<Matrix> positions_, blocks_;
@@ -233,7 +270,7 @@ void sweep(Head& head, const Launch& at, const std::vector<std::string>& kinds) 
   for (const std::string& kind : kinds) {
     const auto before = head.chosen(kind, at);
     std::vector<std::tuple<float, int, int>> found;
-    for (int wn = 1; wn <= cuda::small::kMaxWn; wn *= 2) {
+    for (int wn = 1; wn <= 2; ++wn) {
       for (int split = 1; split <= cuda::small::kMaxCluster; ++split) {
         head.splits[kind] = {wn, split};
         const std::vector<float> t = head.time(at, 2, 9);
@@ -272,7 +309,7 @@ int main(int argc, char** argv) {
       {"pi0 H=50", 18, 1024, 4096, 8, 1, 256, 560, 51, 10, false, false},
   };
   for (const Sizes& s : all) {
-    Head head(s);
+    Head head(s, at);
     std::printf("%s: %.1f MB of weights a step, %zu launches\n", s.name, double(head.weight_bytes()) * 1e-6,
                 head.launches());
     print("  plain launches", head.time(at, 5, 50), head);
@@ -283,18 +320,23 @@ int main(int argc, char** argv) {
     for (float f : plain) finite &= std::isfinite(f);
     std::printf("  the same bits with dependent launches: %s; finite: %s\n", same ? "yes" : "NO",
                 finite ? "yes" : "NO");
-    print("  dependent launches", head.time(at, 20, 200), head);
+    const std::vector<float> times = head.time(at, 20, 200);
+    const float whole = median(times);
+    print("  dependent launches", times, head);
     for (const char* kind : {"qkv", "q", "attention", "o", "gated", "down"}) {
       const std::vector<float> t = head.time(at, 3, 20, kind);
       const int count = std::strcmp(kind, "q") == 0 && !s.cross
                             ? 0
                             : (s.cross && kind[0] == 'q' ? s.layers / 2 : s.layers) * s.steps;
-      if (count) std::printf("    %s alone: %.2f us\n", kind, median(t) / float(count));
+      if (count == 0) continue;
+      const std::vector<float> without = head.time(at, 3, 20, std::string("-") + kind);
+      std::printf("    %s alone: %.2f us, its share of the loop: %.2f us\n", kind, median(t) / float(count),
+                  (whole - median(without)) / float(count));
     }
     if (sweeping && s.rows >= 50) {
       sweep(head, at,
-            s.cross ? std::vector<std::string>{"gated", "down", "qkv", "q", "o", "euler", "in"}
-                    : std::vector<std::string>{"gated", "down", "qkv", "o", "euler", "in"});
+            s.cross ? std::vector<std::string>{"gated", "down", "qkv", "q", "o", "euler"}
+                    : std::vector<std::string>{"gated", "down", "qkv", "o", "euler"});
       print("  after the sweep", head.time(at, 20, 200), head);
     }
     at.pdl = false;

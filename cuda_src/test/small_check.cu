@@ -116,6 +116,8 @@ struct Suite {
   Launch at;
   bool quick = false;
   Report report;
+  static constexpr size_t kSquaresBytes = cuda::kSmallRows * cuda::kSquareParts * 4;
+  float *squares = nullptr, *written = nullptr, *shift = nullptr;
 
   // Runs `op` with the split that would be chosen, then (unless quick) with every other; `outputs` are
   // poisoned or, where `reset` is given, reset before each run, and compared with `expected` after it.
@@ -123,32 +125,66 @@ struct Suite {
   void run(const std::string& name, const O& op, int m, const std::vector<Matrix*>& outputs,
            const std::vector<std::vector<double>>& expected, double limit = kLimit,
            const std::function<void()>& reset = nullptr) {
+    Launch here = at;
+    here.squares = squares;
+    if constexpr (requires {
+                    op.norm.bias;
+                    op.w;
+                  }) {
+      if (op.norm.kind == NormKind::kRms && op.norm.bias) {
+        TEST_CUDA(cuda::make_shift(op.norm.bias, 1, op.w, shift, at));
+        here.shift = shift;
+      }
+    }
     const auto prepare = [&] {
       for (Matrix* o : outputs) o->poison();
       if (reset) reset();
     };
     const auto compare = [&](const std::string& what) {
-      TEST_CUDA(cudaStreamSynchronize(at.stream));
+      if (const cudaError_t error = cudaStreamSynchronize(at.stream); error != cudaSuccess) {
+        std::printf("%s%s: %s\n", name.c_str(), what.c_str(), cudaGetErrorString(error));
+        std::exit(2);
+      }
       for (size_t i = 0; i < outputs.size(); ++i) {
         report.check(name + what + " output " + std::to_string(i),
                      relative_error(outputs[i]->fetch(), expected[i]), limit);
       }
     };
     prepare();
-    TEST_CUDA(cuda::launch_small(op, at));
+    TEST_CUDA(cuda::launch_small(op, here));
     compare("");
     if (quick) return;
     const std::vector<std::byte> bits = outputs[0]->bytes();
     bool same = true;
     for (int i = 0; i < 20; ++i) {
       prepare();
-      TEST_CUDA(cuda::launch_small(op, at));
+      TEST_CUDA(cuda::launch_small(op, here));
       TEST_CUDA(cudaStreamSynchronize(at.stream));
       same &= outputs[0]->bytes() == bits;
     }
     report.require(name + ": the same bits each time", same);
     if constexpr (!std::is_same_v<O, Attention>) {
       if (m > cuda::kSmallRows) return;
+      if constexpr (std::is_same_v<O, Qkv>) {
+        if (op.rope && !cuda::small::rotates(op.head_dim)) return;
+      }
+      for (int g = 1; g <= 2; ++g) {
+        for (int split = 1; split <= cuda::small::kMaxCluster; ++split) {
+          Args a = cuda::small::arguments(op, 0, 0, m);
+          a.shift = here.shift;
+          if (!cuda::small::fits_sm90(a, here) || !cuda::small::set_split_sm90(a, g, split)) continue;
+          const int parts = (a.blocks + 1) / 2;
+          a.norm_constant = split % 2;
+          const bool squared = std::is_same_v<O, Linear> && !a.out_f32 && parts <= cuda::kSquareParts;
+          if (squared) a.squares_out = written;
+          TEST_CUDA(cudaMemsetAsync(written, 0xff, kSquaresBytes, at.stream));
+          prepare();
+          TEST_CUDA(cuda::small::run_product_sm90(a, here));
+          const std::string what = " sm90 " + std::to_string(g) + "x" + std::to_string(split);
+          compare(what);
+          if (squared) check_squares(name + what, *outputs[0], parts);
+        }
+      }
       for (int wn = 1; wn <= cuda::small::kMaxWn; wn *= 2) {
         for (int split = 1; split <= cuda::small::kMaxCluster; ++split) {
           Args a = cuda::small::arguments(op, 0, 0, m);
@@ -159,6 +195,20 @@ struct Suite {
         }
       }
     }
+  }
+
+  // The parts that a kernel left of its output's rows' sums of squares.
+  void check_squares(const std::string& name, const Matrix& out, int parts) {
+    std::vector<float> got(kSquaresBytes / 4);
+    TEST_CUDA(cudaMemcpy(got.data(), written, kSquaresBytes, cudaMemcpyDeviceToHost));
+    const std::vector<double> y = out.fetch();
+    std::vector<double> sums(out.rows(), 0.0), expected(out.rows(), 0.0);
+    for (int i = 0; i < out.rows(); ++i) {
+      for (int j = 0; j < parts; ++j) sums[i] += got[i * cuda::kSquareParts + j];
+      for (int j = 0; j < out.cols(); ++j)
+        expected[i] += y[size_t(i) * out.cols() + j] * y[size_t(i) * out.cols() + j];
+    }
+    report.check(name + " squares", relative_error(sums, expected), 1e-5);
   }
 
   struct LinearCase {
@@ -332,6 +382,9 @@ struct Suite {
   }
 
   int all() {
+    TEST_CUDA(cudaMalloc(&squares, kSquaresBytes));
+    TEST_CUDA(cudaMalloc(&written, kSquaresBytes));
+    TEST_CUDA(cudaMalloc(&shift, 1 << 20));
     linear({50, 1024, 512, kNoNorm});
     linear({50, 2048, 1024, kNoNorm, false, false, true, false, 50});
     linear({50, 960, 720, kNoNorm, false, false, false, false, 50});
@@ -360,6 +413,8 @@ struct Suite {
     qkv(10, 96, {4, 1, 1}, 64, kAdaptive, true, true);
     qkv(47, 128, {0, 1, 1}, 64, kPlainRms, true, false);
     qkv(64, 100, {1, 1, 2}, 128, kPlainRms, true, true);
+    qkv(9, 40, {6, 2, 2}, 16, kPlainRms, true, true);
+    qkv(70, 40, {2, 1, 0}, 80, kNoNorm, true, false);
     euler(50, 1024, 32, true);
     euler(50, 720, 32, false);
     euler(10, 96, 7, true);

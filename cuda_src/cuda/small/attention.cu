@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kAttentionWarps = 8;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kMaxSplit = 8;    // a power of two
-constexpr int kMaxChunk = 128;  // keys at a time
+constexpr int kMaxSplit = 8;                                    // a power of two
+constexpr int max_chunk(int d) { return d > 128 ? 128 : 256; }  // keys at a time
 
 struct AttentionArgs {
   const bf16 *q = nullptr, *k = nullptr, *v = nullptr;
@@ -27,8 +27,9 @@ struct AttentionArgs {
   int64_t ld_q = 0, ld_k = 0, ld_v = 0, ld_out = 0, ld_q_block = 0, ld_k_block = 0;
   int m = 0, n = 0, group = 1;  // queries, keys of a batch element; query heads a key head
   int split = 1, keys = 0,
-      chunk = 0;   // blocks of the cluster; keys of a block; keys at a time (multiple of 16)
-  int stable = 0;  // keys that may be read early
+      chunk = 0;      // blocks of the cluster; keys of a block; keys at a time (multiple of 16)
+  int stable = 0;     // keys that may be read early
+  int m_inverse = 0;  // r / m = r * m_inverse >> 20
   int row_tiles = 1, own_shift = 0;  // tiles of kRows rows a key head; kRows / split = 1 << own_shift
   float scale = 1.0f;
 };
@@ -56,15 +57,31 @@ struct AttentionShape {
   }
 };
 
-// Rows [0, rows) of `from` (D columns) to shared memory, zeros up to `padded` rows and to kDepth columns.
+// Rows [first, last) of `from` (D columns) to shared memory, zeros from `rows` on and up to kDepth columns.
 template <int D>
-__device__ __forceinline__ void stage(std::byte* to, const bf16* from, int64_t ld, int rows, int padded) {
+__device__ __forceinline__ void stage(std::byte* to, const bf16* from, int ld, int first, int last,
+                                      int rows) {
   constexpr int kChunks = round_up(D, 16) / 8, kStride = (round_up(D, 16) + 8) * 2;
-  for (int i = threadIdx.x; i < padded * kChunks; i += kAttentionThreads) {
-    const int row = i / kChunks, c = i % kChunks;
-    const bool in = row < rows && c * 8 < D;
-    cp_async16_or_zero(smem_address(to + row * kStride + c * 16), in ? from + row * ld + c * 8 : from,
-                       in ? 16 : 0);
+  if constexpr (kAttentionThreads % kChunks == 0) {
+    constexpr int kRowsAtOnce = kAttentionThreads / kChunks;  // a thread keeps its column
+    const int c = static_cast<int>(threadIdx.x) % kChunks;
+    int row = first + static_cast<int>(threadIdx.x) / kChunks;
+    uint32_t at = smem_address(to) + row * kStride + c * 16;
+    const bf16* source = from + row * ld + c * 8;
+#pragma unroll 2
+    for (; row < last; row += kRowsAtOnce) {
+      cp_async16_or_zero(at, row < rows ? source : from, row < rows ? 16 : 0);
+      at += kRowsAtOnce * kStride;
+      source += kRowsAtOnce * ld;
+    }
+  } else {
+    for (int i = first * kChunks + static_cast<int>(threadIdx.x); i < last * kChunks;
+         i += kAttentionThreads) {
+      const int row = i / kChunks, c = i % kChunks;
+      const bool in = row < rows && c * 8 < D;
+      cp_async16_or_zero(smem_address(to + row * kStride + c * 16), in ? from + row * ld + c * 8 : from,
+                         in ? 16 : 0);
+    }
   }
 }
 
@@ -80,17 +97,18 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
   using Shape = AttentionShape<D, kRows>;
   constexpr int kStride = Shape::kStride, kDepth = Shape::kDepth;
   constexpr int kRowTiles = kRows / 16, kGroups = kAttentionWarps / kRowTiles;
-  constexpr int kTiles = ceil_div(D / 8, kGroups);    // tiles of 8 columns of the output a warp has
-  constexpr int kKeyTiles = kMaxChunk / 8 / kGroups;  // tiles of 8 keys of a chunk a warp has, at most
-  constexpr int kLanes = kAttentionThreads / kRows;   // lanes that share a row's softmax
+  constexpr int kTiles = ceil_div(D / 8, kGroups);       // tiles of 8 columns of the output a warp has
+  constexpr int kKeyTiles = max_chunk(D) / 8 / kGroups;  // tiles of 8 keys of a chunk a warp has, at most
+  constexpr int kLanes = kAttentionThreads / kRows;      // lanes that share a row's softmax
   const Shape s(a.chunk, a.split);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = warp_index(), lane = threadIdx.x % 32;
   const int rank = block_rank(), tile = cluster_index();
   const int kv_head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
   const int rows = a.m * a.group, row0 = tile * kRows;
   const int key0 = rank * a.keys, key_end = min(a.n, key0 + a.keys);
   const bf16* k = a.k + static_cast<int64_t>(batch) * a.n * a.ld_k + kv_head * D;
   const bf16* v = a.v + static_cast<int64_t>(batch) * a.n * a.ld_v + kv_head * D;
+  const int ld_k = static_cast<int>(a.ld_k), ld_v = static_cast<int>(a.ld_v);
   float* scores = reinterpret_cast<float*>(smem + s.scores);
   bf16* probabilities = reinterpret_cast<bf16*>(smem + s.probabilities);
   float* top = reinterpret_cast<float*>(smem + s.state);
@@ -100,50 +118,66 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
   int* key_block = reinterpret_cast<int*>(received_denominator + kRows);
   const int score_pitch = a.chunk + 4, p_pitch = a.chunk + 8;
 
-  const bool early = key0 < key_end && min(key_end, key0 + a.chunk) <= a.stable;
-  if (early) {
-    const int count = min(a.chunk, key_end - key0), padded = round_up(count, 16);
-    stage<D>(smem + s.k, k + key0 * a.ld_k, a.ld_k, count, padded);
-    stage<D>(smem + s.v, v + key0 * a.ld_v, a.ld_v, count, padded);
+  const auto block_of_key = [&](int j, int start, int count) {
+    return j >= count ? INT_MAX : a.k_block != nullptr ? a.k_block[(start + j) * a.ld_k_block] : INT_MIN + 1;
+  };
+  const auto head_and_query = [&](int r) {
+    const int head = r * a.m_inverse >> 20;
+    return make_int2(head, r - head * a.m);
+  };
+  const auto block_of_row = [&](int row) {
+    const int r = row0 + row;  // a row past the end sees nothing
+    return r >= rows              ? INT_MIN
+           : a.q_block != nullptr ? a.q_block[head_and_query(r).y * a.ld_q_block]
+                                  : INT_MAX - 1;
+  };
+  // what no kernel of the loop writes is on its way while the kernel before this one ends
+  const int first_count = max(0, min(a.chunk, key_end - key0));
+  const int early = max(0, min(first_count, a.stable - key0));
+  if (early > 0) {
+    stage<D>(smem + s.k, k + key0 * a.ld_k, ld_k, 0, early, first_count);
+    stage<D>(smem + s.v, v + key0 * a.ld_v, ld_v, 0, early, first_count);
+  }
+  if (a.stable > 0) {
+#pragma unroll 1
+    for (int j = threadIdx.x; j < round_up(first_count, 16); j += kAttentionThreads) {
+      key_block[j] = block_of_key(j, key0, first_count);
+    }
+    if (threadIdx.x < kRows) row_block[threadIdx.x] = block_of_row(threadIdx.x);
   }
   pdl_trigger();
   pdl_wait();
-  for (int row = warp; row < kRows; row += kAttentionWarps) {
-    const int r = row0 + row, head = r / a.m, query = r - head * a.m;  // the same for the whole warp
-    const bf16* from =
-        a.q + (static_cast<int64_t>(batch) * a.m + query) * a.ld_q + (kv_head * a.group + head) * D;
 #pragma unroll
-    for (int c = lane; c < kDepth / 8; c += 32) {
-      const bool in = r < rows && c * 8 < D;
-      cp_async16_or_zero(smem_address(smem + row * kStride * 2 + c * 16), in ? from + c * 8 : a.q,
+  for (int i = 0; i < kRows / kAttentionWarps; ++i) {
+    const int row = warp + i * kAttentionWarps, r = row0 + row;
+    const int2 at = head_and_query(r);
+    const bf16* from =
+        a.q + (static_cast<int64_t>(batch) * a.m + at.y) * a.ld_q + (kv_head * a.group + at.x) * D;
+    if (lane < kDepth / 8) {
+      const bool in = r < rows && lane * 8 < D;
+      cp_async16_or_zero(smem_address(smem + row * kStride * 2 + lane * 16), in ? from + lane * 8 : a.q,
                          in ? 16 : 0);
     }
-    if (lane == 0) {
-      top[row] = -INFINITY;
-      denominator[row] = 0.0f;
-      // a row past the end sees nothing
-      row_block[row] = r >= rows              ? INT_MIN
-                       : a.q_block != nullptr ? a.q_block[query * a.ld_q_block]
-                                              : INT_MAX - 1;
-    }
+  }
+  if (threadIdx.x < kRows) {
+    top[threadIdx.x] = -INFINITY;
+    denominator[threadIdx.x] = 0.0f;
+    if (a.stable == 0) row_block[threadIdx.x] = block_of_row(threadIdx.x);
   }
   float acc[kTiles][4] = {};
   const int row_tile = warp % kRowTiles, part = warp / kRowTiles;
 
+#pragma unroll 1
   for (int start = key0; start < key_end; start += a.chunk) {
     const int count = min(a.chunk, key_end - start), padded = round_up(count, 16);
-    if (!early || start != key0) {
-      stage<D>(smem + s.k, k + start * a.ld_k, a.ld_k, count, padded);
-      cp_async_commit();
-      stage<D>(smem + s.v, v + start * a.ld_v, a.ld_v, count, padded);
-    } else {
-      cp_async_commit();
-    }
+    const int here = start == key0 ? early : 0;  // rows that are there or on their way
+    stage<D>(smem + s.k, k + start * a.ld_k, ld_k, here, padded, count);
     cp_async_commit();
-    for (int j = threadIdx.x; j < padded; j += kAttentionThreads) {
-      key_block[j] = j >= count             ? INT_MAX
-                     : a.k_block != nullptr ? a.k_block[(start + j) * a.ld_k_block]
-                                            : INT_MIN + 1;
+    stage<D>(smem + s.v, v + start * a.ld_v, ld_v, here, padded, count);
+    cp_async_commit();
+    if (start != key0 || a.stable == 0) {
+      for (int j = threadIdx.x; j < padded; j += kAttentionThreads)
+        key_block[j] = block_of_key(j, start, count);
     }
     cp_async_wait<1>();
     __syncthreads();
@@ -195,12 +229,14 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
       const int row = threadIdx.x / kLanes, first = threadIdx.x % kLanes;
       const float before = top[row];
       float largest = before;
+#pragma unroll 4
       for (int j = first; j < padded; j += kLanes) largest = fmaxf(largest, scores[row * score_pitch + j]);
 #pragma unroll
       for (int o = kLanes / 2; o > 0; o >>= 1)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, o));
       const float base = largest == -INFINITY ? 0.0f : largest;
       float sum = 0.0f;
+#pragma unroll 4
       for (int j = first; j < padded; j += kLanes) {
         const float p = __expf(scores[row * score_pitch + j] - base);
         probabilities[row * p_pitch + j] = __float2bfloat16(p);
@@ -222,6 +258,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
     const float low = rescale[row_tile * 16 + lane / 4], high = rescale[row_tile * 16 + lane / 4 + 8];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) acc[j][0] *= low, acc[j][1] *= low, acc[j][2] *= high, acc[j][3] *= high;
+#pragma unroll 4
     for (int key = 0; key < padded; key += 16) {
       uint32_t p[4];
       ldmatrix_x4(p,
@@ -269,6 +306,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention(const __grid_cons
     __syncthreads();
   }
   const float* sums = reinterpret_cast<const float*>(smem + s.received);
+#pragma unroll 1
   for (int i = threadIdx.x; i < s.own * (D / 2); i += kAttentionThreads) {
     const int local = i / (D / 2), c = i % (D / 2) * 2, r = row0 + rank * s.own + local;
     if (r >= rows) continue;
@@ -299,16 +337,17 @@ template <int D, int kRows>
 cudaError_t run_attention(AttentionArgs a, int kv_heads, int batch, const Launch& at) {
   a.row_tiles = ceil_div(a.m * a.group, kRows);
   const int largest = at.arch == 90 || at.arch == 100 ? 227 * 1024 : at.arch == 80 ? 163 * 1024 : 99 * 1024;
-  // as many blocks as there are multiprocessors, each with 32 keys or more; a power of two, so rows divide
-  // evenly
-  a.split = 1, a.own_shift = kRows == 32 ? 5 : 4;
-  while (at.arch >= 90 && a.split < kMaxSplit && 2 * a.split * 32 <= a.n + 16 &&
+  // as many blocks as there are multiprocessors, each with at least as many keys as make up for adding the
+  // sums; a power of two, so rows divide evenly
+  constexpr int kFewest = D > 128 ? 64 : 256;
+  a.split = 1, a.own_shift = kRows == 32 ? 5 : 4, a.m_inverse = ceil_div(1 << 20, a.m);
+  while (at.arch >= 90 && a.split < kMaxSplit && a.n > a.split * kFewest &&
          2 * a.split * a.row_tiles * kv_heads * batch <= at.sms + at.sms / 8) {
     a.split *= 2, --a.own_shift;
   }
   a.keys = round_up(ceil_div(a.n, a.split), 8);
   a.chunk = round_up(a.keys, 16);
-  if (a.chunk > kMaxChunk) a.chunk = kMaxChunk;
+  if (a.chunk > max_chunk(D)) a.chunk = max_chunk(D);
   while (a.chunk > 16 && AttentionShape<D, kRows>(a.chunk, a.split).bytes > largest) a.chunk -= 16;
   const AttentionShape<D, kRows> shape(a.chunk, a.split);
   const dim3 grid(static_cast<unsigned>(a.row_tiles * a.split), static_cast<unsigned>(kv_heads),
@@ -333,15 +372,14 @@ cudaError_t launch_small(const Attention& op, const Launch& at) {
   a.group = op.q.cols / op.k.cols;
   a.stable = op.batch == 1 ? at.stable_keys : 0;
   a.scale = 1.0f / sqrtf(static_cast<float>(op.head_dim));
-  const bool few = a.m * a.group <= 16 || a.m * a.group * kv_heads * op.batch < 128;
+  const bool few = a.m * a.group * kv_heads * op.batch < 128;
   switch (op.head_dim) {
     case 64:
-      return few ? small::run_attention<64, 16>(a, kv_heads, op.batch, at)
-                 : small::run_attention<64, 32>(a, kv_heads, op.batch, at);
+      return small::run_attention<64, 16>(a, kv_heads, op.batch, at);
     case 72:
       return small::run_attention<72, 16>(a, kv_heads, op.batch, at);
     case 128:
-      return small::run_attention<128, 32>(a, kv_heads, op.batch, at);
+      return small::run_attention<128, 16>(a, kv_heads, op.batch, at);
     case 256:
       return few ? small::run_attention<256, 16>(a, kv_heads, op.batch, at)
                  : small::run_attention<256, 32>(a, kv_heads, op.batch, at);

@@ -66,13 +66,14 @@ __device__ __forceinline__ void send(const Args& a, const Shape& s, std::byte* s
 // where they are gated), in rows first, first + step, ... of its block's.
 struct Place {
   int part = -1, n = 0, column = 0;  // part -1: none; column: of the thread block
+  int packed = 0;                    // row of the packed W
   int first = 0, step = 0;
   bool second = false;  // n + 1 is a column, too
 };
 
 template <int WN>
-__device__ __forceinline__ Place place_of(const Args& a, int column, int rank) {
-  const int pair_bits = a.mode == Mode::kGated ? 3 : 4;
+__device__ __forceinline__ Place place_of(const Args& a, Mode mode, int column) {
+  const int pair_bits = mode == Mode::kGated ? 3 : 4;
   constexpr int kWnBits = WN == 1 ? 0 : WN == 2 ? 1 : 2;
   const int block_bits = a.half > 0 ? kWnBits - 1 : kWnBits;
   const int c = (threadIdx.x & ((1 << pair_bits) - 1)) * 2;
@@ -84,10 +85,11 @@ __device__ __forceinline__ Place place_of(const Args& a, int column, int rank) {
   p.column = 32 * along_n + c;
   const int block = block_of<WN>(a, column, along_n);
   if (block >= a.blocks) return p;
+  p.packed = 32 * block + c;
   const int part = a.parts > 2 && block >= a.part[2].first   ? 2
                    : a.parts > 1 && block >= a.part[1].first ? 1
                                                              : 0;
-  p.n = a.mode == Mode::kGated ? 16 * block + c : 32 * (block - a.part[part].first) + c;
+  p.n = mode == Mode::kGated ? 16 * block + c : 32 * (block - a.part[part].first) + c;
   if (p.n < a.part[part].n) p.part = part;
   p.second = p.n + 1 < a.part[part].n;
   return p;
@@ -96,8 +98,10 @@ __device__ __forceinline__ Place place_of(const Args& a, int column, int rank) {
 // What goes with a thread's columns and its first two rows, read long before it is needed.
 //   linear: bias 0-1, gate 2-3, residual of the first rows 4, 5 (two bf16 each)
 //   qkv, rotated: cos 0-1, sin 2-3 of the first row, 4-7 of the second
+//   shift: those of the two columns and of the two that go with them (h2, U)
 struct Ahead {
   float v[8];
+  float shift[4] = {};
   bool residual = false;
 };
 
@@ -108,11 +112,16 @@ __device__ __forceinline__ void read_rope(const Args& a, int n, int row, float& 
   cx = table[0], cy = table[1], sx = table[d2], sy = table[d2 + 1];
 }
 
-__device__ __forceinline__ Ahead look_ahead(const Args& a, const Place& p, int rank) {
+__device__ __forceinline__ Ahead look_ahead(const Args& a, Mode mode, const Place& p, int rank) {
   Ahead ahead;
   if (p.part < 0) return ahead;
+  if (a.shift != nullptr) {
+    ahead.shift[0] = a.shift[p.packed], ahead.shift[1] = a.shift[p.packed + 1];
+    const int with = mode == Mode::kGated ? 16 : mode == Mode::kQkv ? 32 * a.half : 0;
+    if (with > 0) ahead.shift[2] = a.shift[p.packed + with], ahead.shift[3] = a.shift[p.packed + with + 1];
+  }
   const int rows = min(a.own, a.m - rank * a.own), row = rank * a.own + p.first;
-  if (a.mode == Mode::kLinear) {
+  if (mode == Mode::kLinear) {
     const float* bias = a.part[0].bias;
     ahead.v[0] = bias ? bias[p.n] : 0.0f;
     ahead.v[1] = bias && p.second ? bias[p.n + 1] : 0.0f;
@@ -129,7 +138,7 @@ __device__ __forceinline__ Ahead look_ahead(const Args& a, const Place& p, int r
             __uint_as_float(*reinterpret_cast<const uint32_t*>(residual + at + p.step * a.ld_residual));
       }
     }
-  } else if (a.mode == Mode::kQkv && p.part < a.rotate) {
+  } else if (mode == Mode::kQkv && p.part < a.rotate) {
     if (p.first < rows) read_rope(a, p.n, row, ahead.v[0], ahead.v[1], ahead.v[2], ahead.v[3]);
     if (p.first + p.step < rows) {
       read_rope(a, p.n, row + p.step, ahead.v[4], ahead.v[5], ahead.v[6], ahead.v[7]);

@@ -62,6 +62,8 @@ void* row_at(const View& v, int step, int row) {
 
 }  // namespace
 
+bool rotates(int head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
+
 int row_tiles(const Args& a) {
   const int rows = a.m + (a.norm == NormKind::kRms && a.norm_bias != nullptr ? 1 : 0);
   return rows <= 16 ? 2 : rows <= 32 ? 4 : rows <= 56 ? 7 : 9;
@@ -156,8 +158,15 @@ template <typename O>
 cudaError_t launch_by_rows(const O& op, int m, const Launch& at) {
   for (int row0 = 0; row0 < m; row0 += kSmallRows) {
     Args a = arguments(op, at.step, row0, m - row0 < kSmallRows ? m - row0 : kSmallRows);
-    if (!choose_split(a, at)) return cudaErrorInvalidConfiguration;
-    if (const cudaError_t error = run_product(a, at); error != cudaSuccess) return error;
+    if (m <= kSmallRows) {
+      a.squares_in = at.squares_in, a.square_parts = at.square_parts, a.squares_out = at.squares_out;
+      a.shift = at.shift, a.norm_constant = at.norm_constant;
+    }
+    const bool sm90 = fits_sm90(a, at) && choose_split_sm90(a, at);
+    if (!sm90 && !choose_split(a, at)) return cudaErrorInvalidConfiguration;
+    if (const cudaError_t error = sm90 ? run_product_sm90(a, at) : run_product(a, at); error != cudaSuccess) {
+      return error;
+    }
   }
   return cudaSuccess;
 }
@@ -165,13 +174,46 @@ cudaError_t launch_by_rows(const O& op, int m, const Launch& at) {
 }  // namespace
 }  // namespace small
 
+int small_square_parts(const Linear& op, const Launch& at) {
+  if (op.x.rows > kSmallRows || op.out.dtype != DType::kBF16) return 0;
+  const small::Args a = small::arguments(op, at.step, 0, op.x.rows);
+  const int parts = ceil_div(a.blocks, 2);
+  return small::fits_sm90(a, at) && parts <= kSquareParts ? parts : 0;
+}
+
+int packed_rows_small(const Weight& w) {
+  return static_cast<int>(packed_bytes_small(w.packing, w.n, w.k) /
+                          (static_cast<size_t>(ceil_div(w.k, 16)) * 1024)) *
+         32;
+}
+
+cudaError_t make_shift(const View& bias, int steps, const Weight& w, float* shift, const Launch& at) {
+  // the weight as if it were one matrix of all its packed rows
+  Linear op;
+  op.x = bias;
+  op.x.rows = steps;
+  op.x.ld = bias.step_bytes != 0 ? bias.step_bytes / 4 : bias.cols;
+  op.w = {w.data, w.dtype, Packing::kStacked, w.k, {packed_rows_small(w)}};
+  op.out = {
+      reinterpret_cast<std::byte*>(shift), steps, packed_rows_small(w), packed_rows_small(w), 0, DType::kF32};
+  return launch_small(op, at);
+}
+
 cudaError_t launch_small(const Linear& op, const Launch& at) {
   return small::launch_by_rows(op, op.x.rows, at);
 }
 cudaError_t launch_small(const GatedLinear& op, const Launch& at) {
   return small::launch_by_rows(op, op.x.rows, at);
 }
-cudaError_t launch_small(const Qkv& op, const Launch& at) { return small::launch_by_rows(op, op.x.rows, at); }
+cudaError_t launch_small(const Qkv& op, const Launch& at) {
+  if (!op.rope || small::rotates(op.head_dim)) return small::launch_by_rows(op, op.x.rows, at);
+  Qkv plain = op;
+  plain.rope = {};
+  cudaError_t error = small::launch_by_rows(plain, op.x.rows, at);
+  if (error == cudaSuccess && op.q) error = small::run_rotate(op.q, op, at);
+  if (error == cudaSuccess && op.k) error = small::run_rotate(op.k, op, at);
+  return error;
+}
 cudaError_t launch_small(const Euler& op, const Launch& at) {
   return small::launch_by_rows(op, op.h.rows, at);
 }

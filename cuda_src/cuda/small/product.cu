@@ -186,10 +186,10 @@ __global__ void __launch_bounds__(kThreads, MT <= 7 ? 2 : 1) product(const __gri
     }
     cp_async_commit();
   }
-  const Place place = place_of<WN>(a, column, rank);
+  const Place place = place_of<WN>(a, a.mode, column);
   pdl_trigger();
   pdl_wait();
-  const Ahead ahead = look_ahead(a, place, rank);
+  const Ahead ahead = look_ahead(a, a.mode, place, rank);
 
   float* stats = reinterpret_cast<float*>(smem + s.squares) + a.split * s.own;
   if (a.norm == NormKind::kLayer) {

@@ -36,6 +36,12 @@ struct Args {
   const float* norm_bias = nullptr;
   const uint4* w = nullptr;
   int blocks = 0, k_tiles = 0;  // of W: blocks of 32 rows, tiles of 16 columns
+  // see Launch: sums of squares of the rows of x and of y, norm_bias W^T
+  const float* squares_in = nullptr;
+  float* squares_out = nullptr;
+  int square_parts = 0;
+  const float* shift = nullptr;
+  bool norm_constant = false;
   // the split of the work: `wn` warps along n, kWarps / wn along k, `split` thread blocks (a cluster) along k
   int wn = 1, split = 1, tiles = 0;  // tiles: k tiles of one thread block
   int own = 0, own_inverse = 0;      // rows a block of the cluster finishes; r / own = r * own_inverse >> 16
@@ -105,6 +111,10 @@ Args arguments(const GatedLinear& op, int step, int row0, int rows);
 Args arguments(const Qkv& op, int step, int row0, int rows);
 Args arguments(const Euler& op, int step, int row0, int rows);
 
+// Rotary embedding of q or k, after a product that could not do it.
+bool rotates(int head_dim);
+cudaError_t run_rotate(const View& x, const Qkv& op, const Launch& at);
+
 // Tiles of 8 rows of x that the kernel is compiled for.
 int row_tiles(const Args& a);
 // Sets the split to (wn, split); false where it does not fit this device.
@@ -112,5 +122,11 @@ bool set_split(Args& a, int wn, int split, const Launch& at);
 // Sets the split that should be fastest; false where there is none.
 bool choose_split(Args& a, const Launch& at);
 cudaError_t run_product(const Args& a, const Launch& at);
+
+// The same for the kernel on Hopper's matrix unit (product_sm90.cu). g: 64 or 128 columns a thread block.
+bool fits_sm90(const Args& a, const Launch& at);
+bool set_split_sm90(Args& a, int g, int split);
+bool choose_split_sm90(Args& a, const Launch& at);
+cudaError_t run_product_sm90(Args& a, const Launch& at);
 
 }  // namespace vla::cuda::small
