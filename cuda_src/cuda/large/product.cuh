@@ -130,14 +130,19 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t
 }
 
 // What a unit's end reads, asked for before its sums are there: the residual's 16 rows of 64 columns, whole
-// rows.
+// rows, or the positions of this lane's two rows.
 struct Ahead {
   uint4 residual[4];
+  int position[2];
 };
 __device__ __forceinline__ Ahead look_ahead(const Product& p, int row0, int unit) {
   Ahead ahead = {};
-  if (!p.residual || !p.wide) return ahead;
   const int lane = threadIdx.x & 31, c = 64 * unit + lane % 8 * 8;
+  if (p.rotate) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) ahead.position[r] = p.positions[min(row0 + lane / 4 + 8 * r, p.m - 1)];
+  }
+  if (!p.residual || !p.wide) return ahead;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const int row = row0 + 4 * t + lane / 8;
@@ -204,13 +209,13 @@ __device__ __forceinline__ void scale_and_gate(const Product& p, int c, float* x
     for (int i = 0; i < 16; ++i) x[i] *= gate[(i >> 2) * 2 + (i & 1)];
   }
 }
-// Rotates rows row and row + 8 of the halves of a head, of which x starts at column j.
-__device__ __forceinline__ void rotate(const Product& p, int row, int j, float* x, float* y) {
+// Rotates two rows of the halves of a head, of which x starts at column j.
+__device__ __forceinline__ void rotate(const Product& p, const int (&position)[2], int j, float* x,
+                                       float* y) {
   const int half = p.head_dim / 2, at = j + 2 * (threadIdx.x & 3);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int position = p.positions[min(row + 8 * r, p.m - 1)];
-    const float* table = p.rope + min(max(position, 0), p.rope_rows - 1) * p.rope_ld + at;
+    const float* table = p.rope + min(max(position[r], 0), p.rope_rows - 1) * p.rope_ld + at;
     float2 cos[4], sin[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -251,7 +256,7 @@ __device__ __forceinline__ void finish(const Product& p, int row0, int unit, flo
       scale_and_gate(p, c.first, x);
       scale_and_gate(p, c.second, y);
     } else if (p.rotate && c.first < p.end[1]) {
-      rotate(p, row, c.first % p.head_dim, x, y);
+      rotate(p, ahead.position, c.first % p.head_dim, x, y);
     }
   }
   const bool gated = p.kind == ProductKind::kGated;

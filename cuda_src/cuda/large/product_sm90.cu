@@ -40,9 +40,9 @@ struct Shape {
   static constexpr int kStageAt = SPLIT ? kRows * COLUMNS * 4 : kShared - kStage;
   static_assert(!SPLIT || kStageAt + kStage <= kRing);
   // Columns of one wgmma: the assembler refuses 256 with as few registers as four warpgroups start with.
-  static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
+  [[maybe_unused]] static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
   // Registers of a thread that multiplies; the others give theirs away. 255: none are moved.
-  static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
+  [[maybe_unused]] static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
 };
 
 __device__ __forceinline__ void meet() {
@@ -282,6 +282,7 @@ template <int GROUPS, int COLUMNS, bool SPLIT>
 constexpr Entry entry() {
   return {GROUPS, COLUMNS, SPLIT, run<GROUPS, COLUMNS, SPLIT>, clusters<GROUPS, COLUMNS, SPLIT>};
 }
+// A thread reads at most one bias: no tile has more columns than 128 for each group.
 constexpr Entry kEntries[] = {
     entry<3, 256, true>(),  entry<3, 192, false>(), entry<3, 128, false>(), entry<3, 128, true>(),
     entry<3, 64, false>(),  entry<3, 64, true>(),   entry<2, 256, false>(), entry<2, 256, true>(),
