@@ -32,12 +32,12 @@ def joints_at(seconds: float) -> np.ndarray:
 
 
 def messages(
-    seconds: float, *, size: tuple[int, int], delay: float, commands: bool
+    seconds: float, *, size: tuple[int, int], delay: float, commands: bool, seed: int
 ) -> Iterator[tuple[int, str, str, Any]]:
     """(log time ns, topic, type, message): two cameras at 30 Hz, joints and commands at 50 Hz, in any order."""
     late = round(delay * 1e9)
     width, height = size
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     yield START, "/instruction", "std_msgs/msg/String", TYPE["std_msgs/msg/String"]("pick up the red cube")
     for k in range(round(seconds * 50)):
         time = START + k * 20_000_000
@@ -66,13 +66,16 @@ def write_bag(
     commands: bool = True,
     plugin: StoragePlugin = StoragePlugin.MCAP,
     compression: CompressionMode | None = None,
+    seed: int = 0,
 ) -> Path:
     writer = Writer(path, version=9, storage_plugin=plugin)
     if compression is not None:
         writer.set_compression(compression, CompressionFormat.ZSTD)
     with writer:
         connections: dict[str, Any] = {}
-        made = sorted(messages(seconds, size=size, delay=delay, commands=commands), key=lambda m: m[0])
+        made = sorted(
+            messages(seconds, size=size, delay=delay, commands=commands, seed=seed), key=lambda m: m[0]
+        )
         for time, topic, kind, message in made:
             if topic not in connections:
                 offered = [_qos(best_effort="image" in topic)]

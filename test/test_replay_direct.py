@@ -72,6 +72,8 @@ def test_digest_is_of_the_content_however_stored(tmp_path: Path, bag_path: Path)
     assert Bag(same).digest() == Bag(bag_path).digest()
     other = write_bag(tmp_path / "other", seconds=2.0, size=(48, 35))
     assert Bag(other).digest() != Bag(bag_path).digest()
+    pixels = write_bag(tmp_path / "pixels", seconds=2.0, seed=1)  # as many bytes, but others
+    assert Bag(pixels).digest() != Bag(bag_path).digest()
     later = write_bag(tmp_path / "later", seconds=2.0, delay=0.001)
     assert Bag(later).digest() != Bag(bag_path).digest()
 

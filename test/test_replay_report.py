@@ -169,7 +169,7 @@ def test_slowdown_is_caught_and_noise_is_not_20_of_20(engine_report: dict[str, A
     recorded = json.loads((Path(__file__).parent / "replay_latencies.json").read_text())
     base = copy.deepcopy(engine_report)
     base["samples"] |= recorded
-    base["host"]["load"] = 0.5
+    base["host"]["load"], base["resources"]["runqueue_wait_percent"] = 0.5, 0.0
     random = np.random.default_rng(7)
     for _ in range(20):
         again = compare.compare(base, resample(base, random), **TOLERANCES)
@@ -184,11 +184,16 @@ def test_slowdown_is_caught_and_noise_is_not_20_of_20(engine_report: dict[str, A
 def test_slowdown_on_a_busy_machine_is_unsure(engine_report: dict[str, Any]) -> None:
     base = copy.deepcopy(engine_report)
     base["samples"] |= json.loads((Path(__file__).parent / "replay_latencies.json").read_text())
-    base["host"]["load"] = base["host"]["cores"] + 3.0
+    base["host"]["load"], base["resources"]["runqueue_wait_percent"] = 0.5, 0.0
     slower = resample(base, np.random.default_rng(7), factor=1.5)
-    found = compare.compare(base, slower, **TOLERANCES)
-    assert not found.worse
-    assert any("quiet machine" in note for note in found.notes)
+    assert compare.compare(base, slower, **TOLERANCES).worse
+    disturbed = copy.deepcopy(slower)
+    disturbed["resources"]["runqueue_wait_percent"] = 20.0
+    slower["host"]["load"] = base["host"]["cores"] + 3.0
+    for run_on_a_busy_machine in (slower, disturbed):
+        found = compare.compare(base, run_on_a_busy_machine, **TOLERANCES)
+        assert not found.worse
+        assert any("quiet machine" in note for note in found.notes)
     assert compare.compare(base, spoil(slower, np.full(6, 1.01)), **TOLERANCES).worse  # actions know no noise
 
 

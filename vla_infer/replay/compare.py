@@ -21,6 +21,7 @@ from .trace import FloatArray
 
 RESAMPLES = 1000
 NOTICEABLE = 0.05  # ms: a difference below this is never worse, whatever its ratio
+WAITED = 5.0  # % of a run for which its threads waited for a processor: above, others disturbed it
 SHARE_TOLERANCE = 0.02  # absolute, of drops, misses and holds
 TIMES = ("inference", "engine", "preprocess", "capture_to_command", "capture_to_first_command")
 # A percentile is compared only where enough samples lie beyond it.
@@ -82,8 +83,8 @@ def compare(
         findings, doubted = _doubt(findings)
         if doubted:
             notes.append(
-                "Before one of the runs other processes wanted more processors than there are: slower times are "
-                "unsure, not worse. Repeat on a quiet machine."
+                "Other processes took processor time from one of the runs: slower times are unsure, not worse. "
+                "Repeat on a quiet machine."
             )
     findings += _shares(baseline, run) if timed else []
     findings += _actions(baseline, run, action_tolerance)
@@ -100,7 +101,11 @@ def _same_machine(baseline: dict[str, Any], run: dict[str, Any]) -> bool:
 
 
 def _busy(*documents: dict[str, Any]) -> bool:
-    return any(document["host"]["load"] > document["host"]["cores"] for document in documents)
+    return any(
+        document["host"]["load"] > document["host"]["cores"]
+        or (document["resources"].get("runqueue_wait_percent") or 0.0) > WAITED
+        for document in documents
+    )
 
 
 def _doubt(findings: list[Finding]) -> tuple[list[Finding], bool]:

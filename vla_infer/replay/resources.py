@@ -20,6 +20,15 @@ def process_figures(pid: int) -> tuple[float, int, int]:
     return (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * _PAGE, int(fields[7])
 
 
+def waited(pid: int) -> float:
+    """Seconds for which threads of a process could have run and had no processor, of those that live."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError, ValueError):
+            total += int(task.read_text().split()[1])
+    return total * 1e-9
+
+
 class _Nvml:
     """One GPU by NVML; absent where the module, the library or the device is."""
 
@@ -68,11 +77,13 @@ class Sampler:
         self._pid = pid
         self._interval = interval
         self._nvml = _Nvml()
+        self._waited = 0.0
         self._stop = threading.Event()
         self._rows: list[tuple[float, float, int, int, dict[str, float]]] = []
         self._thread = threading.Thread(target=self._run, name="resources", daemon=True)
 
     def start(self) -> None:
+        self._waited = waited(self._pid)
         self._sample()
         self._thread.start()
 
@@ -89,6 +100,7 @@ class Sampler:
             self._stop.set()
             self._thread.join()
             self._sample()
+            self._waited = max(0.0, waited(self._pid) - self._waited)
 
     def figures(self, *, inferences: int, commands: int) -> dict[str, float | None]:
         """Means and maxima over the run; the growth figures are of its second half, the steady state."""
@@ -100,6 +112,7 @@ class Sampler:
         late = max(1.0, inferences / 2)
         result: dict[str, float | None] = {
             "cpu_percent": round(100.0 * (rows[-1][1] - rows[0][1]) / span, 2) if span > 0 else None,
+            "runqueue_wait_percent": round(100.0 * self._waited / span, 2) if span > 0 else None,
             "cpu_s_per_inference": round((rows[-1][1] - rows[0][1]) / max(1, inferences), 6),
             "memory_mb_max": round(max(row[2] for row in rows) / 1e6, 2),
             "memory_growth_mb": round((rows[-1][2] - half[2]) / 1e6, 3),
