@@ -40,9 +40,9 @@ struct Shape {
   static constexpr int kStageAt = SPLIT ? kRows * COLUMNS * 4 : kShared - kStage;
   static_assert(!SPLIT || kStageAt + kStage <= kRing);
   // Columns of one wgmma: the assembler refuses 256 with as few registers as four warpgroups start with.
-  [[maybe_unused]] static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
+  static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
   // Registers of a thread that multiplies; the others give theirs away. 255: none are moved.
-  [[maybe_unused]] static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
+  static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
 };
 
 __device__ __forceinline__ void meet() {
@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 template <int GROUPS, int COLUMNS, bool SPLIT>
 cudaError_t run(const Product& p, const Tile& tile, const Launch& at) {
   using S = Shape<GROUPS, COLUMNS, SPLIT>;
+  static_assert(COLUMNS % S::kWide == 0 && S::kRegisters <= 255 && S::kStages >= 3);
   Grid g;
   g.tiles_m = ceil_div(p.m, S::kRows);
   g.tiles_n = ceil_div(p.n, COLUMNS);
