@@ -35,6 +35,7 @@ from .node_observer import Observer
 from .node_parameters import NodeParameters, Settings
 from .node_safety import EmergencyStop, Preflight, RunSwitch
 from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
+from .time_slice import ask_for_short_slice
 
 #: Of a process that the failsafe gave up: the device is lost or an inference hangs. It is to be started anew.
 EXIT_STATUS = 3
@@ -310,8 +311,9 @@ def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any]
         print(f"vla_node: cannot start: {describe(error)}", file=sys.stderr)
         rclpy.try_shutdown()
         return 1
-    # An inference thread in Python code would otherwise keep the control tick waiting for up to 5 ms.
+    # Inference would otherwise keep a control tick waiting: in Python code for 5 ms, in the engine for a slice.
     sys.setswitchinterval(0.0005)
+    ask_for_short_slice()
     run(node, make_executor())
     node.close()
     rclpy.try_shutdown()

@@ -17,6 +17,7 @@ from .node_support import Reporter, describe
 from .rtc import Rtc
 from .scheduler import Scheduler
 from .stats import Window
+from .time_slice import ask_for_usual_slice
 
 _RETRY = 0.5  # s to wait after the policy has raised, so that a broken one does not take the processor
 
@@ -178,6 +179,7 @@ class InferenceWorker(Inference):
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        ask_for_usual_slice()  # not the control thread's, which starts this one
         while not self._stopped.is_set():
             self._wake.wait(0.5)
             self._wake.clear()

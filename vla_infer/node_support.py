@@ -14,6 +14,7 @@ from .errors import VlaInferError
 from .frame import Now
 from .node_observer import Observer
 from .stats import Counts, Spacing
+from .time_slice import ask_for_usual_slice
 
 T = TypeVar("T")
 
@@ -107,6 +108,7 @@ def run_interruptible(function: Callable[[], T], stop: threading.Event, *, disca
     abandoned = False
 
     def work() -> None:
+        ask_for_usual_slice()  # for this thread and the engine's, which it starts
         try:
             result = function()
         except BaseException as error:
