@@ -45,7 +45,7 @@ struct Shape {
   static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
 };
 
-__device__ __forceinline__ void meet() {
+[[maybe_unused]] __device__ __forceinline__ void meet() {
   cluster_arrive();
   cluster_wait();
 }
