@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .codecs_image import decode_compressed, decode_image, encode_compressed, encode_image
+from .contract_parse import one_line
 from .errors import ObservationError
 
 FloatArray = npt.NDArray[np.float64]
@@ -93,7 +94,9 @@ def _decode_joint_state(message: Any) -> JointSample:
     names = tuple(message.name)
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ObservationError(f"joint '{twice}' is named twice in one JointState; its publisher is at fault")
+        raise ObservationError(
+            f"joint {one_line(twice)} is named twice in one JointState; its publisher is at fault"
+        )
     fields: list[FloatArray | None] = []
     for field in ("position", "velocity", "effort"):
         values = np.array(getattr(message, field), dtype=np.float64)

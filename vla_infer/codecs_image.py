@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from .contract_parse import one_line
 from .errors import ObservationError
 
 Pixels = npt.NDArray[np.uint8]
@@ -47,7 +48,7 @@ def check_image(message: Any) -> None:
     row = _ENCODINGS.get(message.encoding)
     if row is None:
         raise ObservationError(
-            f"encoding '{message.encoding:.40}' is not supported; expected {', '.join(_ENCODINGS)}"
+            f"encoding {one_line(message.encoding, limit=42)} is not supported; expected {', '.join(_ENCODINGS)}"
         )
     _check_size(height, width, "the image")
     if int(message.is_bigendian) not in (0, 1):
@@ -129,7 +130,7 @@ def check_compressed(message: Any) -> None:
             raise ObservationError(f"the PNG stream of {data.size} bytes has no end: it was cut short")
     else:
         raise ObservationError(
-            f"format '{message.format:.40}' with data that is neither JPEG nor PNG is not supported"
+            f"format {one_line(message.format, limit=42)} with data that is neither JPEG nor PNG is not supported"
         )
 
 

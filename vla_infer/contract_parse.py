@@ -33,6 +33,12 @@ def one_line(value: object, *, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def readable(text: str, *, limit: int = 600) -> str:
+    """`text` on one line, what cannot be printed escaped, and its middle left out beyond `limit` characters."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(text.split()))
+    return line if len(line) <= limit else f"{line[: limit // 2]} … {line[-limit // 3 :]}"
+
+
 class _UniqueLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, which YAML itself would silently overwrite."""
 
@@ -120,7 +126,7 @@ class Section:
 
     def error(self, key: str, problem: str) -> ContractError:
         """A ContractError that names the file and the key; `problem` is expected, got and mend."""
-        return ContractError(f"{self.file}: {self.place(key)}: {problem}")
+        return ContractError(readable(f"{self.file}: {self.place(key)}: {problem}"))
 
     def has(self, key: str) -> bool:
         self._asked.add(key)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .codecs import CODECS, JointSample
 from .contract import Contract, StateSource
+from .contract_parse import readable
 from .errors import ObservationError
 
 MAX_AHEAD = 0.05  # s that a stamp may be ahead of this node's clock
@@ -80,9 +81,8 @@ def state_vector(source: StateSource, sample: JointSample) -> npt.NDArray[np.flo
     where = {name: index for index, name in enumerate(sample.names)}
     missing = [joint for joint in source.joints if joint not in where]
     if missing:
-        raise ObservationError(
-            f"joints {', '.join(missing)} are missing; got {', '.join(sample.names) or 'none'}"
-        )
+        got = ", ".join(sample.names) or "none"
+        raise ObservationError(readable(f"joints {', '.join(missing)} are missing; got {got}"))
     order = [where[joint] for joint in source.joints]
     parts = []
     for field in source.fields:

@@ -60,7 +60,7 @@ class PromptTokenizer:
         except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
             raise
         except BaseException as err:
-            reason = " ".join(str(err).split())[:200]
+            reason = "".join(c if c.isprintable() else "?" for c in " ".join(str(err).split())[:200])
             raise CheckpointError(f"{self.path}: not a usable tokenizer ({reason})") from None
 
     def _set_template(self, config: Fields) -> None:
