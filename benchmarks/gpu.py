@@ -47,9 +47,13 @@ def main() -> int:
     parser.add_argument("--baseline", choices=["torch", "torch-compile"])
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--sweep", action="store_true", help="1, 2 and 3 cameras, 10 and 50 actions")
-    parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer over a small inference")
+    parser.add_argument(
+        "--sanitize", nargs="+", default=[], help="compute-sanitizer's tools, over a small inference"
+    )
+    parser.add_argument("--runs", type=int, default=300, help="timed calls of each measurement")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    logs = args.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     if args.engine:
         for file in args.engine.glob("*.so"):
             shutil.copy(file, ROOT / "vla_infer")
@@ -61,46 +65,45 @@ def main() -> int:
             *(["test/test_cuda.py"] if (ROOT / "test/test_cuda.py").exists() else []),
         ]
         command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", *tests]
-        good &= run("tests", command, args.out, timeout=240)
+        good &= run("tests", command, logs, timeout=240)
         for family in args.families:
             command = [*python, "-m", "vla_infer.cli", "verify", f"test/golden/{family}"]
             # π0.5's golden noise is not what its actions came from (docs/models.md): its test is in test_cuda.py
             passed = run(
                 f"verify_{family}",
                 [*command, "--device", "cuda", "--precision", "bf16"],
-                args.out,
+                logs,
                 timeout=120,
             )
             good &= passed or family == "pi05"
-    if args.sanitize:
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            command = [
-                "compute-sanitizer",
-                "--tool",
-                tool,
-                "--error-exitcode",
-                "9",
-                *python,
-                "-m",
-                "vla_infer.cli",
-            ]
-            command += [
-                "bench",
-                "--policy",
-                "test/golden/smolvla",
-                "--device",
-                "cuda",
-                "--runs",
-                "1",
-                "--warmup",
-                "0",
-            ]
-            good &= run(f"sanitizer_{tool}", command, args.out, timeout=200)
+    for tool in args.sanitize:
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            *python,
+            "-m",
+            "vla_infer.cli",
+        ]
+        command += [
+            "bench",
+            "--policy",
+            "test/golden/smolvla",
+            "--device",
+            "cuda",
+            "--runs",
+            "1",
+            "--warmup",
+            "0",
+        ]
+        good &= run(f"sanitizer_{tool}", command, logs, timeout=100)
     sweep = ["--cameras", "1", "2", "3", "--horizon", "10", "50"] if args.sweep else []
     baseline = ["--baseline", args.baseline] if args.baseline else []
     rows = []
     for family in args.families:
-        result = args.out / f"bench_{family}.json"
+        result = logs / f"bench_{family}.json"
         command = [
             *python,
             "-m",
@@ -124,10 +127,13 @@ def main() -> int:
             "--json",
             str(result),
         ]
-        if run(f"bench_{family}", command, args.out, timeout=300):
-            rows += json.loads(result.read_text())["reports"]
+        if run(f"bench_{family}", command, logs, timeout=300):
+            document = json.loads(result.read_text())
+            rows += document["reports"]
         else:
             good = False
+    if rows:
+        (args.out / "results.json").write_text(json.dumps(document | {"reports": rows}, indent=1) + "\n")
     print(f"\n{'model':8} cameras actions {'p50':>8} {'p95':>8} {'p99':>8} {'max':>8} ms  stages and peers")
     for r in rows:
         c = r["call_ms"]
