@@ -64,7 +64,7 @@ class CudaDevice final : public Device {
       raw_bytes += round(static_cast<size_t>(p.n) * p.k * size_of(p.dtype));
     }
     // few columns of the result, such as an action's, are for the small kernels whatever the rows
-    const bool few = rows <= kSmallRows || w.rows() <= kFewColumns;
+    const bool few = (rows <= kSmallRows && w.k <= kLongestSmall) || w.rows() <= kFewColumns;
     const Layout layout = few ? Layout::kFragments : Layout::kRows;
     if (raw_bytes > raw_size_) {
       VLA_CHECK(cudaStreamSynchronize(context_.stream), what);

@@ -44,6 +44,9 @@ struct Launch {
 constexpr int kSquareParts = 64;
 
 constexpr int kSmallRows = 64;
+// Longer sums than these, such as SmolVLA's connector over one camera (64 rows of 12288), are for the large
+// kernels whatever the rows: a block of the small ones has no room for so much of x.
+constexpr int kLongestSmall = 4096;
 
 // ---- packed weights
 // ------------------------------------------------------------------------------------------- kFragments
