@@ -1,8 +1,11 @@
 # make demo    sets everything up and plays a bag to the node for DURATION seconds
 # make test    sets everything up and runs every check and test, colcon's included
+# make faults  repeats a hundred times what needs a process; make soak: an hour with faults; make fuzz: 10^6 cases
 # make build   the virtual environment and the engine alone; make clean removes both
 
 DURATION ?= 20
+MINUTES ?= 60
+CASES ?= 1000000
 POLICY ?= test/golden/smolvla
 CONTRACT ?= so101
 BAG ?= build/demo_bag
@@ -30,7 +33,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c $(FITS) 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test build lint pytest colcon clean
+.PHONY: demo test build lint pytest colcon faults soak fuzz clean
 .DELETE_ON_ERROR:
 
 demo: build $(BAG)
@@ -49,6 +52,15 @@ lint: $(VENV)/.test
 
 pytest: build $(VENV)/.test
 	$(IN_VENV) python -m pytest
+
+faults: build $(VENV)/.test
+	$(IN_VENV) python -m pytest -s test/faults --fault-trials 100
+
+soak: build $(VENV)/.test
+	$(IN_VENV) python test/soak.py --minutes $(MINUTES) --policy $(POLICY)
+
+fuzz: build $(VENV)/.test
+	$(IN_VENV) python test/fuzz.py --cases $(CASES)
 
 # The plain build is from scratch and without CUDA; the one with links shares the objects of `make build`.
 colcon: build $(VENV)/.test
