@@ -64,12 +64,13 @@ def main() -> int:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             robot = Robot({DRY: "std_msgs/msg/Float64MultiArray"})
             try:
-                problems = soak(robot, process.pid, minutes=args.minutes)
+                problems = soak(robot, process, minutes=args.minutes)
             finally:
                 robot.close()
-                process.send_signal(signal.SIGINT)
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
                 status = process.wait(timeout=20)
-            if status != 0:
+            if status != 0 and not problems:
                 problems.append(f"the node ended with status {status}")
             if problems:
                 log.seek(0)
@@ -79,7 +80,7 @@ def main() -> int:
     return int(bool(problems))
 
 
-def soak(robot: Robot, pid: int, *, minutes: float) -> list[str]:
+def soak(robot: Robot, process: subprocess.Popen[bytes], *, minutes: float) -> list[str]:
     """Run for `minutes`; what went wrong. Memory counts after 5 minutes, or two fifths of a shorter run."""
     robot.feed()
     began = time.monotonic()
@@ -91,7 +92,9 @@ def soak(robot: Robot, pid: int, *, minutes: float) -> list[str]:
     while time.monotonic() < end:
         time.sleep(1.0)
         now = time.monotonic()
-        samples.append((now, resident(pid)))
+        if process.poll() is not None:
+            return [*problems, f"the node ended after {now - began:.0f} s with status {process.returncode}"]
+        samples.append((now, resident(process.pid)))
         robot.commands[DRY].clear()
         if now >= next_fault:
             next_fault += 20.0

@@ -33,6 +33,7 @@ class StandIn:
         self.released = threading.Event()
         self.info = SimpleNamespace(
             family="standin",
+            device="cpu",
             cameras=CAMERAS,
             state_dim=6,
             action_dim=action_dim,

@@ -55,14 +55,17 @@ class Trigger:
 class InferenceWatchdog:
     """After how long an inference that has not returned counts as hanging.
 
-    The contract's inference_timeout; where that is 0, the larger of 1 s and five times the slowest of the
-    last inferences, and a minute for the first one, of which nothing is known.
+    The contract's inference_timeout; where that is 0, the larger of `least` and five times the slowest of
+    the last inferences, and a minute for the first one, of which nothing is known.
     """
 
-    LEAST, FIRST, TIMES = 1.0, 60.0, 5.0
+    FIRST, TIMES = 60.0, 5.0
+    #: least, in seconds, for a GPU, whose driver can hang, and for a CPU, which other work may take away.
+    GPU, CPU = 1.0, 10.0
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, *, least: float = GPU) -> None:
         self._timeout = timeout
+        self._least = least
         self._durations = DelayEstimate()
 
     def add(self, seconds: float) -> None:
@@ -75,4 +78,4 @@ class InferenceWatchdog:
         if self._timeout > 0.0:
             return self._timeout
         slowest = self._durations.seconds
-        return max(self.LEAST, self.TIMES * slowest) if slowest > 0.0 else self.FIRST
+        return max(self._least, self.TIMES * slowest) if slowest > 0.0 else self.FIRST

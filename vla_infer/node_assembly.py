@@ -69,7 +69,8 @@ def assemble(
         slot.put(settings.instruction)
         buffer, layout = FrameBuffer(contract), ActionLayout(contract)
         motion = Motion(contract, 1.0 / (settings.control_rate or contract.control_rate))
-        watchdog = InferenceWatchdog(contract.failsafe.inference_timeout)
+        least = InferenceWatchdog.CPU if info.device.startswith("cpu") else InferenceWatchdog.GPU
+        watchdog = InferenceWatchdog(contract.failsafe.inference_timeout, least=least)
         source = Inferring(buffer, layout, slot, motion.scheduler, watchdog)
         worker = make_worker(policy, source, reporter=reporter)
         undo.pop_all()  # the policy is the worker's from here on

@@ -54,7 +54,7 @@ class FailsafeOptions:
     resume_ramp: float = 0.3  # from a hold back to full motion
     hold_ramp: float = 0.2  # velocities and efforts to zero when a hold begins
     engine_tries: int = 3  # failures in a row before the node deactivates
-    inference_timeout: float = 0.0  # an inference that takes longer hangs; 0: 1 s, or 5 of the slowest lately
+    inference_timeout: float = 0.0  # an inference that takes longer hangs; 0: see InferenceWatchdog
 
 
 def parse_scheduler(root: Section) -> SchedulerOptions:

@@ -141,7 +141,8 @@ class Policy:
             "Info",
             (),
             {
-                "family": "standin", "cameras": ("observation.images.top", "observation.images.wrist"),
+                "family": "standin", "device": "cuda:0",
+                "cameras": ("observation.images.top", "observation.images.wrist"),
                 "state_dim": 6, "action_dim": 6, "horizon": 30, "weight_bytes": 0,
             },
         )()  # fmt: skip
