@@ -81,7 +81,13 @@ def test_table_shows_what_the_node_reports() -> None:
             ticks(stamps.tolist(), RATE),
             RATE,
             {
-                "control": {"observation age at publication p50 ms": "26.10", "commands_held": "7"},
+                "control": {
+                    "observation age at publication p50 ms": "26.10",
+                    "commands_held": "7",
+                    "ticks": "990",
+                    "ticks_late": "5",
+                    "ticks_missed": "10",
+                },
                 "observations": {
                     "received top/image_raw": "601",
                     "rejected top/image_raw": "2",
@@ -93,7 +99,8 @@ def test_table_shows_what_the_node_reports() -> None:
     )
     for part in (
         "50.00 Hz of 50 Hz",
-        "20 of 1000 (2.00%, asked: at most 1%): MISSED",
+        "20 of 1000 (2.00%)",
+        "15 of 1000 (1.50%, asked: at most 1%): MISSED",
         "p50 26.10",
         "601 received, 2 rejected",
         "300 done",

@@ -29,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contract", default="so101", help="contract of the robot (default: so101)")
     parser.add_argument("--bag", type=Path, required=True, help="folder of a rosbag2 recording")
     parser.add_argument("--duration", type=float, default=20.0, help="seconds from the first command")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 1),
+        help="of inference (default: one processor is left for messages and the control timer)",
+    )
     parser.add_argument("--profile", type=Path, help="Fast DDS profile (XML) for both processes")
     parser.add_argument(
         "--domain", type=int, help="ROS domain (default: one of its own, apart from any robot)"
@@ -51,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"):
             environment[name] = str(args.profile.resolve())
     policy = ["-p", f"policy:={args.policy.resolve()}", "-p", f"contract:={args.contract}"]
+    policy += ["-p", f"threads:={args.threads}", "-p", "dry_run:=true"]
     commands = {
-        "node": [sys.executable, "-m", "vla_infer.node", "--ros-args", *policy, "-p", "dry_run:=true"],
+        "node": [sys.executable, "-m", "vla_infer.node", "--ros-args", *policy],
         "player": [sys.executable, "-m", "vla_infer.demo.player", str(args.bag), "--wait", "10"],
     }
     args.log.parent.mkdir(parents=True, exist_ok=True)

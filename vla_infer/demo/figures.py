@@ -113,24 +113,24 @@ def table(measured: Ticks, rate: float, diagnostics: Diagnostics) -> list[str]:
             f"{len(measured.lateness)} in {measured.seconds:.1f} s: {measured.rate:.2f} Hz of {rate:g} Hz",
         )
     ]
-    if len(measured.lateness):
-        p50, p95, p99, most = np.percentile(measured.lateness, [50, 95, 99, 100])
-        rows.append(("tick lateness", f"p50 {p50:.2f}   p95 {p95:.2f}   p99 {p99:.2f}   max {most:.2f} ms"))
-        met = (
-            "met"
-            if measured.late_share <= ALLOWED_LATE
-            else "MISSED: the machine was busy with something else"
-        )
-        rows.append(
-            (
-                f"more than {LATE_MS:g} ms late",
-                f"{measured.late} of {measured.due}"
-                f" ({measured.late_share:.2%}, asked: at most {ALLOWED_LATE:.0%}): {met}",
-            )
-        )
     control = diagnostics.get("control", {})
     observations = diagnostics.get("observations", {})
     inference = diagnostics.get("inference", {})
+    rows += _ticks_of_the_node(control)
+    if len(measured.lateness):
+        p50, p95, p99, most = np.percentile(measured.lateness, [50, 95, 99, 100])
+        rows.append(
+            (
+                "commands, seen outside",
+                f"p50 {p50:.2f}   p95 {p95:.2f}   p99 {p99:.2f}   max {most:.2f} ms late",
+            )
+        )
+        rows.append(
+            (
+                f"  more than {LATE_MS:g} ms late",
+                f"{measured.late} of {measured.due} ({measured.late_share:.2%})",
+            )
+        )
     rows += _percentiles("image age at callback", "image age at callback", observations)
     rows += _percentiles("observation age", "observation age at publication", control)
     for key, value in observations.items():
@@ -159,6 +159,24 @@ def table(measured: Ticks, rate: float, diagnostics: Diagnostics) -> list[str]:
     rows.append(("counts", ", ".join(part for part in (played, counted) if part)))
     width = max(len(name) for name, _ in rows)
     return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def _ticks_of_the_node(control: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The control timer as the node itself saw it, and whether it kept what is asked of it."""
+    try:
+        due = int(control["ticks"]) + int(control["ticks_missed"])
+        late = int(control["ticks_late"]) + int(control["ticks_missed"])
+    except (KeyError, ValueError):
+        return []
+    share = late / max(1, due)
+    verdict = "met" if share <= ALLOWED_LATE else "MISSED: the machine was busy with something else"
+    return [
+        *_percentiles("control ticks", "tick lateness", control),
+        (
+            f"  more than {LATE_MS:g} ms late",
+            f"{late} of {due} ({share:.2%}, asked: at most {ALLOWED_LATE:.0%}): {verdict}",
+        ),
+    ]
 
 
 def _percentiles(title: str, key: str, values: Mapping[str, str]) -> list[tuple[str, str]]:
