@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Inside:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(REMOTE).parent.parent)]),
             "ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET",
+            "ROS_STATIC_PEERS": "10.9.8.1;10.9.8.2",
             # Namespaces share /dev/shm, past which no message may go.
             "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4",
         }
@@ -78,12 +80,34 @@ class Inside:
         for process in self._processes:
             process.kill()
             process.wait()
+        self._processes.clear()
 
 
 def heard(file: Path) -> list[tuple[float, np.ndarray]]:
     lines = file.read_text().splitlines()[1:] if file.exists() else []
     rows = [np.array(line.split(), dtype=np.float64) for line in lines if len(line.split()) == 7]
     return [(float(row[0]), row[1:]) for row in rows]
+
+
+def connect(inside: Inside, link: tuple[str, str], contract: str, commands: Path) -> None:
+    """Node and listener on the near side, cameras on the far side, until commands flow.
+
+    Participants that start in fresh namespaces do not always discover each other, cut or no cut; that is
+    not what is tested, so they are then started again.
+    """
+    near, far = link
+    folder = commands.parent
+    node = [*STANDIN, "--ros-args", "-p", "policy:=plain", "-p", f"contract:={contract}"]
+    for _ in range(4):
+        inside.start(near, REMOTE, "listen", DRY, str(commands), log=folder / "listen.log")
+        inside.start(near, *node, log=folder / "node.log")
+        inside.start(far, REMOTE, "cameras", log=folder / "cameras.log")
+        with suppress(AssertionError):
+            until(lambda: len(heard(commands)) > 50, timeout=12, what="commands over the link")
+            return
+        inside.end()
+        commands.unlink(missing_ok=True)
+    raise AssertionError("no commands over the link in four attempts")
 
 
 @pytest.mark.parametrize("seconds", [0.2, 2.0, 30.0])
@@ -93,18 +117,12 @@ def test_the_link_to_the_cameras_is_cut(
     """A cut shorter than the age changes nothing or holds; a longer one holds; each is outlived."""
     if seconds > 10 and int(request.config.getoption("--fault-trials")) < 10:
         pytest.skip("takes a minute: needs --fault-trials 10 or more (make faults)")
-    near, far = link
+    near, _ = link
     command = {"topic": DRY.removesuffix("_dry"), "interface": "velocity", "joints": list("abcdef")}
     contract = patient_contract(tmp_path, command=command, max_observation_age=AGE, sync_slop=0.4)
     commands, inside = tmp_path / "commands", Inside()
     try:
-        inside.start(near, REMOTE, "listen", DRY, str(commands), log=tmp_path / "listen.log")
-        inside.start(
-            near, *STANDIN, "--ros-args", "-p", "policy:=plain", "-p", f"contract:={contract}",
-            log=tmp_path / "node.log",
-        )  # fmt: skip
-        inside.start(far, REMOTE, "cameras", log=tmp_path / "cameras.log")
-        until(lambda: len(heard(commands)) > 50, timeout=30, what="commands over the link")
+        connect(inside, link, contract, commands)
         cut = time.monotonic()
         ip("-n", near, "link", "set", f"{near}v", "down")
         time.sleep(seconds)
