@@ -221,6 +221,8 @@ def test_joints_are_found_by_name() -> None:
         (joints(position=None), "has no position"),
         (joints(position=np.array([0, 0, np.nan, 0, 0, 0])), "position of 'elbow_flex' is not finite"),
         (joints(position=np.array([0, 0, 0, 0, 0, np.inf])), "position of 'gripper' is not finite"),
+        (joints(position=np.array([0, 0, 1e39, 0, 0, 0])), "a number is too large"),  # infinite in float32
+        (joints(position=np.array([0, 0, -1e308, 0, 0, 0])), "a number is too large"),
     ):
         with pytest.raises(ObservationError, match=expected):
             state_vector(source, sample)

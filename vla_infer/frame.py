@@ -94,11 +94,16 @@ def state_vector(source: StateSource, sample: JointSample) -> npt.NDArray[np.flo
             bad = source.joints[int(np.flatnonzero(~np.isfinite(picked))[0])]
             raise ObservationError(f"{field} of '{bad}' is not finite")
         if field == "position":
-            picked = source.units.to_policy(picked)
+            with np.errstate(over="ignore"):
+                picked = source.units.to_policy(picked)
         elif field == "velocity":
             picked = picked * np.asarray(source.units.scale)
         parts.append(picked)
-    return np.concatenate(parts).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
+        vector = np.concatenate(parts).astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise ObservationError(f"a number is too large: {np.abs(np.concatenate(parts)).max():.3g}")
+    return vector
 
 
 class _Ring:
