@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "cpu/kernels.h"
+#include "host_matrix.h"
 
 namespace vla {
 
@@ -53,21 +54,6 @@ std::unique_ptr<Device> make_device(const std::string& name, DType act, int thre
   throw std::runtime_error("engine: device: expected 'cpu' or 'cuda', got '" + name + "'");
 }
 
-float as_float(const HostMatrix& m, int64_t row, int64_t col) {
-  if (m.dtype == DType::kF32) return static_cast<const float*>(m.data)[row * m.ld + col];
-  const uint32_t u = static_cast<uint32_t>(static_cast<const uint16_t*>(m.data)[row * m.ld + col]) << 16;
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
-}
-
-uint16_t rounded(float f) {
-  uint32_t u;
-  __builtin_memcpy(&u, &f, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
 }  // namespace
 
 Engine::Engine(const std::string& device, DType act, int threads) : impl_(std::make_unique<Impl>()) {
@@ -97,9 +83,9 @@ int Engine::store(const HostMatrix& m, DType as) {
     for (int j = 0; j < m.k; ++j) {
       const size_t at = static_cast<size_t>(i) * m.k + j;
       if (as == DType::kBF16) {
-        reinterpret_cast<uint16_t*>(values.data())[at] = rounded(as_float(m, i, j));
+        reinterpret_cast<uint16_t*>(values.data())[at] = float_to_bf16(element(m, i, j));
       } else {
-        reinterpret_cast<float*>(values.data())[at] = as_float(m, i, j);
+        reinterpret_cast<float*>(values.data())[at] = element(m, i, j);
       }
     }
   }

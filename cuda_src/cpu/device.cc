@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
+#include "host_matrix.h"
 
 namespace vla {
 namespace cpu {
@@ -39,26 +40,6 @@ Memory aligned(size_t bytes) {
   if (!p) throw std::runtime_error("engine: out of memory: " + std::to_string(size) + " bytes");
   std::memset(p, 0, size);
   return Memory(p);
-}
-
-float bf16_to_float(uint16_t h) {
-  const uint32_t u = static_cast<uint32_t>(h) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-
-uint16_t float_to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-float element(const HostMatrix& m, int row, int col) {
-  const int64_t at = row * m.ld + col;
-  return m.dtype == DType::kBF16 ? bf16_to_float(static_cast<const uint16_t*>(m.data)[at])
-                                 : static_cast<const float*>(m.data)[at];
 }
 
 class CpuDevice;
