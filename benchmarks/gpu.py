@@ -60,10 +60,7 @@ def main() -> int:
     python = [sys.executable]
     good = True
     if not args.skip_tests:
-        tests = [
-            "test/test_ops.py",
-            *(["test/test_cuda.py"] if (ROOT / "test/test_cuda.py").exists() else []),
-        ]
+        tests = ["test/test_ops.py", "test/test_cuda.py"]
         command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", *tests]
         good &= run("tests", command, logs, timeout=240)
         for family in args.families:

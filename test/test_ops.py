@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+from golden import relative as error
 from op_cases import CASES, Case, make
 
 from vla_infer import _engine
@@ -16,13 +17,6 @@ from vla_infer.reference import ReferenceExecutor  # noqa: E402
 DEVICES = [f"cpu:{name}" for name in _engine.cpu_instruction_sets()]
 if _engine.built_with_cuda() and torch.cuda.is_available():
     DEVICES.append("cuda")
-
-
-def error(got: npt.NDArray[np.floating], want: npt.NDArray[np.floating]) -> float:
-    """Relative L2 error; infinite where anything is not finite."""
-    if not np.isfinite(got).all():
-        return float("inf")
-    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
 
 
 def reference(c: Case, precision: str) -> npt.NDArray[np.floating]:
