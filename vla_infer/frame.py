@@ -257,7 +257,8 @@ class FrameBuffer:
         cameras = [feature for feature in self._images if feature in rings]
         if not cameras:
             return Readiness("missing", "no camera delivers an image", 0.0), {}, []
-        reference = min(rings[feature].samples[-1].stamp for feature in cameras)
+        behind = min(cameras, key=lambda feature: rings[feature].samples[-1].stamp)
+        reference = rings[behind].samples[-1].stamp
         images = {feature: rings[feature].nearest(reference) for feature in cameras}
         states = [ring.nearest(reference) for ring in self._states]
         chosen = [(images[feature], rings[feature].topic) for feature in cameras]
@@ -270,7 +271,8 @@ class FrameBuffer:
             reason = f"{early} is {spread:.3f} s behind {late}; expected at most sync_slop {slop:g} s"
             return Readiness("unsynchronised", reason, age), {}, []
         if age > contract.max_observation_age:
-            reason = f"the newest set of images and states is {age:.3f} s old"
+            topic = rings[behind].topic
+            reason = f"the newest set of images and states, that of {topic}, is {age:.3f} s old"
             return Readiness("stale", reason, age), {}, []
         return Readiness("ready", "", age), images, states
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from .node_observer import Observer
 from .node_parameters import NodeParameters, Settings
 from .node_safety import EmergencyStop, Preflight, RunSwitch
 from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
+from .stop_signals import ignore_signals, stop_on_signals
 from .time_slice import ask_for_short_slice
 
 #: Of a process that the failsafe gave up: the device is lost or an inference hangs. It is to be started anew.
@@ -300,11 +300,9 @@ def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any]
     Exit status 0; 1 if it cannot start; EXIT_STATUS when the failsafe gave the process up.
     """
     keep_heap()  # half of what receiving an image costs
-    stop = threading.Event()
     # rclpy's own handlers would take the context away before the last hold is published.
+    stop = stop_on_signals()
     rclpy.init(args=list(args) if args is not None else None, signal_handler_options=SignalHandlerOptions.NO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
         node = VlaNode(policy_loader=policy_loader, stop=stop)
     except Exception as error:
@@ -317,9 +315,7 @@ def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any]
     run(node, make_executor())
     node.close()
     rclpy.try_shutdown()
-    # The interpreter gives back its handlers before it is gone: a second Ctrl-C must not kill it then.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()  # the interpreter gives back its handlers before it is gone
     if node.thread_left:
         # A thread inside the engine cannot be ended, and the interpreter must not go away under it.
         sys.stdout.flush()

@@ -8,7 +8,6 @@ time.
 from __future__ import annotations
 
 import argparse
-import signal
 import struct
 import sys
 import threading
@@ -24,6 +23,7 @@ from rosbags.rosbag2 import Reader
 from rosbags.rosbag2.errors import ReaderError
 
 from vla_infer.heap import keep_heap
+from vla_infer.stop_signals import stop_on_signals
 
 # A stamped message starts with its header's stamp, behind the four bytes that name the encoding (CDR).
 _STAMP = struct.Struct("<iI")
@@ -137,14 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.speed > 0:
         parser.error(f"--speed is {args.speed}: expected above 0")
+    stop = stop_on_signals()
     try:
         bag = read_bag(args.bag)
     except ValueError as error:
         print(f"player: {error}", file=sys.stderr)
         return 2
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     sent = play(bag, speed=args.speed, wait=args.wait, stop=stop)
     print(f"player: {sent} messages sent")
     return 0

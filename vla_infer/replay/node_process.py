@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from vla_infer.node import VlaNode, run
 from vla_infer.node_support import make_executor
 from vla_infer.rtc import Rtc
 from vla_infer.stats import Counts
+from vla_infer.stop_signals import stop_on_signals
 
 from .direct import Images, tick_record
 from .trace import observation_key, seed_of
@@ -141,11 +140,9 @@ class Recording:
 def main(argv: Sequence[str] | None = None) -> int:
     """As the node's own main, but that the recording is written before the policy is let go."""
     words = list(sys.argv[1:] if argv is None else argv)
-    recording, stop = Recording(), threading.Event()
+    recording, stop = Recording(), stop_on_signals()
     keep_heap()
     rclpy.init(args=words[1:], signal_handler_options=SignalHandlerOptions.NO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     node = VlaNode(policy_loader=recording.load, stop=stop, observer=recording)
     recording.publisher = node.create_publisher(Header, CHUNK_TOPIC, 100)
     sys.setswitchinterval(0.0005)
