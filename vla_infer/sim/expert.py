@@ -26,8 +26,9 @@ _SPEED, _ACCELERATION, _LAG = (
     1.5,
     0.12,
 )  # of the tip: m/s, m/s²; s in which an error would be made up for
-_JOINT_SPEED = 2.6  # rad/s, below the contract's 3
+_JOINT_SPEED, _JOINT_ACCELERATION = 1.8, 12.0  # rad/s and rad/s², well within the contract's 3 and 20
 _GRIPPER_SPEED = 2.5  # rad/s
+_BRAKING = 8.0  # rad/s² before a joint's limit
 _CLOSED, _OPEN, _GRIP = -0.12, 0.95, 0.28  # rad: gripper empty, before a grasp, on a cube
 _CRUISE, _LOW, _GRASP, _PRESS = (
     0.08,
@@ -51,7 +52,7 @@ class Expert:
         self._cruise = _CRUISE + rng.uniform(-0.01, 0.01)
         self._aim_off = rng.uniform(-0.004, 0.004, 2) * (task.kind != "pick")
         self._beyond = PUSH_DISTANCE + rng.uniform(0.012, 0.025)
-        self._velocity = np.zeros(3)
+        self._velocity, self._step = np.zeros(3), np.zeros(6)  # of the tip, m/s; of the joints, rad
         self._began = world.time
         self._succeeded_at: float | None = None
         self._start = world.cube(task.colour)
@@ -68,7 +69,7 @@ class Expert:
 
     def act(self) -> FloatArray:
         """Joint positions (6,) in rad for the next 1 / RATE s, from the world as it is."""
-        goal = self._world.goal
+        goal = self._world.commanded
         tip = self._kinematics.tip(goal)
         aim, roll, gripper = getattr(self, f"_{self._task.kind.partition('_')[0]}")(tip, goal)
         wanted = (aim - tip) / _LAG
@@ -78,11 +79,17 @@ class Expert:
         self._velocity = self._velocity + change
         roll = goal[4] + np.clip(roll - goal[4], -1.5 / RATE, 1.5 / RATE)
         solved = self._kinematics.solve(tip + self._velocity / RATE, roll, goal)
-        step = np.append(solved, gripper) - goal
-        arm = _JOINT_SPEED / RATE / max(float(np.abs(step[:ARM]).max()), 1e-9)
-        step[:ARM] *= min(1.0, arm)
-        step[ARM] = np.clip(step[ARM], -_GRIPPER_SPEED / RATE, _GRIPPER_SPEED / RATE)
-        return goal + step
+        step = np.append(solved, goal[ARM] + 0.25 * (gripper - goal[ARM])) - goal
+        most = np.array([_JOINT_SPEED] * ARM + [_GRIPPER_SPEED]) / RATE
+        step[:ARM] *= min(1.0, most[0] / max(float(np.abs(step[:ARM]).max()), 1e-9))
+        step[ARM] = np.clip(step[ARM], -most[ARM], most[ARM])
+        change = _JOINT_ACCELERATION / RATE**2
+        step = self._step + np.clip(step - self._step, -change, change)
+        # No faster towards a limit than can be braked before it.
+        low, high = self._world.limits.T
+        brake = np.sqrt(2 * _BRAKING * np.clip([goal - low, high - goal], 0, None)) / RATE
+        self._step = np.clip(step, -brake[0], brake[1])
+        return goal + self._step
 
     def _touch(self, tip: FloatArray, goal: FloatArray) -> tuple[FloatArray, float, float]:
         cube = self._world.cube(self._task.colour)

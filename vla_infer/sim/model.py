@@ -17,7 +17,7 @@ CAMERAS = {
     "observation.images.top": "top",
     "observation.images.wrist": "wrist",
 }  # feature -> camera of the model
-CUBE = 0.036  # m, edge
+CUBE = 0.04  # m, edge
 TIMESTEP = 0.004  # s
 TIP = "tip"  # site between the finger tips: x is the approach direction, out of the gripper
 
@@ -117,7 +117,7 @@ def _add_table(spec: Any) -> None:
         friction=(0.6, 0.005, 0.0001),
     )
     spec.worldbody.add_light(name="lamp", pos=(0.3, 0.2, 1.5), dir=(0.0, 0.0, -1.0), castshadow=False)
-    spec.visual.headlight.ambient = (0.35, 0.35, 0.35)
+    spec.visual.headlight.ambient = (0.45, 0.45, 0.45)
     spec.visual.headlight.diffuse = (0.25, 0.25, 0.25)
     spec.visual.headlight.specular = (0.0, 0.0, 0.0)
     spec.visual.quality.offsamples = 4
@@ -145,8 +145,9 @@ def _add_cubes(spec: Any) -> None:
 
 
 def _add_cameras(spec: Any) -> None:
-    # Above the table; up in the image is ahead (+x), left is the robot's left (+y).
-    spec.worldbody.add_camera(name="top", pos=(0.21, 0.0, 0.62), xyaxes=(0, -1, 0, 1, 0, 0), fovy=44.0)
+    # Up in the image is ahead (+x), left is the robot's left (+y). It leans back from the far side of the table, so
+    # that the arm, which comes from the near side, hides little of what it reaches for.
+    spec.worldbody.add_camera(name="top", pos=(0.37, 0.0, 0.58), xyaxes=(0, -1, 0, 0.96, 0, -0.28), fovy=41.0)
     gripper = spec.body("gripper")
     gripper.add_camera(name="wrist", pos=(0.0, 0.065, -0.01), xyaxes=(1, 0, 0, 0, 0.94, -0.34), fovy=70.0)
     gripper.add_site(name=TIP, pos=(-0.004, 0.0, -0.100), xyaxes=(0, 0, -1, 0, 1, 0))

@@ -19,7 +19,7 @@ ROW, LANE = (
     0.06,
     0.17,
 )  # m: two cubes are this far apart in x, or else in y, so that each can be pushed past the others
-HOME = np.array([0.0, -0.75, 0.33, 1.60, 0.0, 0.0])  # rad: tips 0.1 m above the table, pointing down
+HOME = np.array([0.0, -0.65, 0.40, 1.45, 0.0, 0.0])  # rad: tips 0.1 m above the table, pointing down
 _TRIES = 1000
 
 
@@ -57,7 +57,7 @@ def make_scene(seed: int, split: str, kinds: Sequence[str] = KINDS, cameras: int
     }
     start = HOME + rng.uniform(-1, 1, 6) * np.array([0.5, 0.15, 0.15, 0.15, 0.1, 0.15])
     tint = rng.uniform(0.8, 1.15, (len(COLOURS) + 2, 1)) * rng.uniform(0.92, 1.08, (len(COLOURS) + 2, 3))
-    light = np.array([0.2, 0.0, 1.3, 0.75]) + rng.uniform(-1, 1, 4) * np.array([0.5, 0.5, 0.3, 0.2])
+    light = np.array([0.2, 0.0, 1.3, 0.6]) + rng.uniform(-1, 1, 4) * np.array([0.5, 0.5, 0.3, 0.15])
     camera = rng.uniform(-1, 1, (cameras, 6)) * np.array([0.006, 0.006, 0.006, 0.015, 0.015, 0.015])
     kind = str(rng.choice(list(kinds)))
     goal = str(rng.choice(colours))

@@ -45,7 +45,7 @@ class World:
         self.data = self._mujoco.MjData(self.model)
         self._renderer: Renderer | None = None
         model = self.model
-        self._limits = model.actuator_ctrlrange.copy()
+        self.limits: FloatArray = model.actuator_ctrlrange.copy()  # (6, 2) rad, of positions
         if [model.actuator(i).name for i in range(model.nu)] != list(JOINTS):
             raise RuntimeError(f"the arm's model does not have the joints {JOINTS} in this order")
         self._hand_geoms = np.isin(model.geom_bodyid, [model.body(name).id for name in _HANDS])
@@ -58,7 +58,7 @@ class World:
         }
         self._shell = np.flatnonzero(model.mat_rgba[:, 0] > 0.5)
         self.scene: Scene | None = None
-        self._goal: FloatArray = self._limits.mean(axis=1)
+        self._commanded: FloatArray = self.limits.mean(axis=1)
 
     def reset(self, seed: int, *, split: str = "train", kinds: Sequence[str] = KINDS) -> Task:
         """Begin the episode of a seed: another scene, the arm at its start pose, time 0. Returns what to do."""
@@ -66,8 +66,8 @@ class World:
         data, mujoco = self.data, self._mujoco
         mujoco.mj_resetData(self.model, data)
         data.qpos[: len(JOINTS)] = scene.start
-        self._goal = scene.start.copy()
-        data.ctrl[:] = self._goal
+        self._commanded = scene.start.copy()
+        data.ctrl[:] = self._commanded
         for index, colour in enumerate(COLOURS):
             # What is not in the scene lies behind the arm, out of every camera's sight.
             x, y, yaw = scene.cubes.get(colour, (-1.0, 0.2 * index, 0.0))
@@ -111,9 +111,9 @@ class World:
         return float(self.data.time)
 
     @property
-    def goal(self) -> FloatArray:
+    def commanded(self) -> FloatArray:
         """The joint positions (6,) last commanded, within the limits."""
-        return self._goal.copy()
+        return np.array(self._commanded)
 
     def command(self, positions: Sequence[float] | FloatArray) -> None:
         """Where the servos are to go: (6,) radians, held within the arm's limits; reached no faster than they turn.
@@ -124,7 +124,7 @@ class World:
         wanted = np.asarray(positions, np.float64)
         if wanted.shape != (len(JOINTS),) or not np.isfinite(wanted).all():
             raise ValueError(f"command: expected {len(JOINTS)} finite positions in rad, got {wanted}")
-        self._goal = np.clip(wanted, *self._limits.T)
+        self._commanded = np.clip(wanted, *self.limits.T)
 
     def advance(self, seconds: float) -> None:
         """Simulate. Fractions of a time step are carried over to the next call."""
@@ -132,7 +132,7 @@ class World:
         step = SERVO_SPEED * TIMESTEP
         data = self.data
         while (self._steps + 0.5) * TIMESTEP < self._due:
-            data.ctrl[:] += np.clip(self._goal - data.ctrl, -step, step)
+            data.ctrl[:] += np.clip(self._commanded - data.ctrl, -step, step)
             self._mujoco.mj_step(self.model, data)
             self._steps += 1
             if self._steps % _LOOK == 0:
