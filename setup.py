@@ -129,6 +129,7 @@ setup(
     entry_points={
         "console_scripts": [
             "vla_node = vla_infer.node:main",
+            "simulation = vla_infer.sim.node:main",
             "vla-infer = vla_infer.cli:main",
             "replay_benchmark = vla_infer.replay.command:console",
         ],

@@ -75,12 +75,16 @@ class World:
             data.qpos[first : first + 7] = (x, y, CUBE / 2, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
         self._dress(scene)
         mujoco.mj_forward(self.model, data)
-        self._begun = {colour: self.cube(colour) for colour in scene.cubes}
-        self._contact = dict.fromkeys(COLOURS, 0.0)
-        self._first: str | None = None
         self._steps = 0
         self._due = 0.0
+        self.mark()
         return scene.task
+
+    def mark(self) -> None:
+        """From now on `moved`, `succeeded` and `failed` count from where the cubes are, and nothing was touched."""
+        self._begun = {colour: self.cube(colour) for colour in self.scene.cubes} if self.scene else {}
+        self._contact = dict.fromkeys(COLOURS, 0.0)
+        self._first: str | None = None
 
     def _dress(self, scene: Scene) -> None:
         """Give colours, lamp and cameras this episode's look."""
