@@ -107,7 +107,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["py.typed", "*.pyi"], f"{NAME}.replay": ["schema.json", "page.css", "page.js"]},
+    package_data={
+        NAME: ["py.typed", "*.pyi"],
+        f"{NAME}.replay": ["schema.json", "page.css", "page.js"],
+        f"{NAME}.page": ["static/*"],
+    },
     ext_modules=[Extension(f"{NAME}._engine", sources=[])],
     cmdclass={"build_ext": BuildEngine},
     data_files=[
@@ -119,6 +123,7 @@ setup(
     install_requires=["numpy>=1.26", "PyYAML", "tokenizers"],
     extras_require={
         "images": ["opencv-python-headless"],  # compressed images; a ROS machine has python3-opencv
+        "page": ["aiohttp", "opencv-python-headless"],
         "bag": ["rosbags", "opencv-python-headless"],
         "lerobot": ["rosbags", "opencv-python-headless", "pyarrow", "av"],
         "reference": ["torch"],
@@ -131,6 +136,7 @@ setup(
             "vla_node = vla_infer.node:main",
             "simulation = vla_infer.sim.node:main",
             "vla-infer = vla_infer.cli:main",
+            "page = vla_infer.page.__main__:main",
             "replay_benchmark = vla_infer.replay.command:console",
         ],
     },
