@@ -1,9 +1,12 @@
-# make demo    sets everything up and plays a bag to the node for DURATION seconds
+# make demo    sets everything up, plays a bag to the node for DURATION seconds and shows it on a page of this machine
+#              (DURATION=0: until Ctrl-C; PORT=8600: always there; VIEW=--no-page: in the terminal)
 # make test    sets everything up and runs every check and test, colcon's included
 # make faults  repeats a hundred times what needs a process; make soak: an hour with faults; make fuzz: 10^6 cases
 # make build   the virtual environment and the engine alone; make clean removes both
 
-DURATION ?= 20
+DURATION ?= 60
+PORT ?= 0
+VIEW ?=
 MINUTES ?= 60
 CASES ?= 1000000
 POLICY ?= test/golden/smolvla
@@ -38,7 +41,7 @@ endif
 
 demo: build $(BAG)
 	$(IN_VENV) python -m vla_infer.demo --policy $(POLICY) --contract $(CONTRACT) --bag $(BAG) \
-		--duration $(DURATION) --profile config/fastdds.xml --log $(BUILD)/demo.log
+		--duration $(DURATION) --port $(PORT) $(VIEW) --profile config/fastdds.xml --log $(BUILD)/demo.log
 
 test: lint pytest colcon
 

@@ -175,3 +175,24 @@ class TestPlayer:
         assert set(instructions) == {scene.INSTRUCTION}
         assert player.returncode == 0
         assert "messages sent" in output
+
+    def test_what_is_played_once_comes_in_the_first_round_alone(self, bag: Path) -> None:
+        import threading
+
+        from vla_infer.demo.player import Bag, play, read_bag
+
+        recording = read_bag(bag)
+        few = tuple(m for m in recording.messages if m.topic in ("/instruction", "/joint_states"))
+        short = Bag(few, 50_000_000, recording.types, recording.qos)
+        stop = threading.Event()
+        threading.Timer(0.5, stop.set).start()
+        sent = play(short, speed=10.0, wait=0.0, stop=stop, once=["/instruction"])
+        joints = sum(message.topic == "/joint_states" for message in few)
+        assert len(few) == joints + 1
+        assert sent > 2 * joints
+        stop.clear()
+        threading.Timer(5.0, stop.set).start()
+        alone = Bag(
+            tuple(m for m in few if m.topic == "/instruction"), 50_000_000, recording.types, recording.qos
+        )
+        assert play(alone, speed=10.0, wait=0.0, stop=stop, once=["/instruction"]) == 1  # and it ends

@@ -88,7 +88,9 @@ def _phase(times: NDArray[np.float64], period: float) -> float:
 
 
 def progress(elapsed: float, duration: float, width: int = 20) -> str:
-    """A bar such as `[#####...............]  5/20 s`."""
+    """A bar such as `[#####...............]  5/20 s`; the seconds alone where there is no end (`duration` 0)."""
+    if not duration:
+        return f"{elapsed:4.0f} s"
     share = min(1.0, max(0.0, elapsed / duration))
     done = int(share * width)
     return f"[{'#' * done}{'.' * (width - done)}] {min(elapsed, duration):2.0f}/{duration:g} s"
@@ -159,6 +161,16 @@ def table(measured: Ticks, rate: float, diagnostics: Diagnostics) -> list[str]:
     rows.append(("counts", ", ".join(part for part in (played, counted) if part)))
     width = max(len(name) for name, _ in rows)
     return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def successes(simulation: Mapping[str, str]) -> list[str]:
+    """A row of how many episodes of a simulation succeeded, of its status's values; none without them."""
+    try:
+        done, tried = int(simulation["successes"]), int(simulation["episodes"])
+    except (KeyError, ValueError):
+        return []
+    share = f" ({done / tried:.0%})" if tried else ""
+    return [f"  succeeded  {done} of {tried} episodes{share}"]
 
 
 def _ticks_of_the_node(control: Mapping[str, str]) -> list[tuple[str, str]]:

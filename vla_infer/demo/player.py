@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -95,10 +95,10 @@ def message_class(kind: str) -> Any:
     return getattr(import_module(f"{package}.msg"), name)
 
 
-def play(bag: Bag, *, speed: float, wait: float, stop: threading.Event) -> int:
+def play(bag: Bag, *, speed: float, wait: float, stop: threading.Event, once: Collection[str] = ()) -> int:
     """Publish the bag again and again until `stop` is set. Returns the count of messages sent.
 
-    Starts when every topic has a listener, or after `wait` seconds.
+    Starts when every topic has a listener, or after `wait` seconds. once: topics that only the first round has.
     """
     import rclpy
 
@@ -116,14 +116,16 @@ def play(bag: Bag, *, speed: float, wait: float, stop: threading.Event) -> int:
             break
     sent = 0
     origin = time.monotonic_ns()
-    while not stop.is_set():
-        for message in bag.messages:
+    messages, repeated = bag.messages, tuple(m for m in bag.messages if m.topic not in once)
+    while not stop.is_set() and messages:
+        for message in messages:
             wait = origin + message.time / speed - time.monotonic_ns()
             if wait > 0 and stop.wait(wait / 1e9):
                 break
             publishers[message.topic].publish(message.with_stamp(time.time_ns()))
             sent += 1
         origin += round(bag.length / speed)
+        messages = repeated
     node.destroy_node()
     rclpy.shutdown(context=context)
     return sent
@@ -134,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bag", type=Path, help="folder of a rosbag2 recording")
     parser.add_argument("--speed", type=float, default=1.0, help="1 is as recorded")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for listeners on all topics")
+    parser.add_argument(
+        "--once", action="append", default=[], metavar="TOPIC", help="play it in the first round alone"
+    )
     args = parser.parse_args(argv)
     if not args.speed > 0:
         parser.error(f"--speed is {args.speed}: expected above 0")
@@ -143,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"player: {error}", file=sys.stderr)
         return 2
-    sent = play(bag, speed=args.speed, wait=args.wait, stop=stop)
+    sent = play(bag, speed=args.speed, wait=args.wait, stop=stop, once=args.once)
     print(f"player: {sent} messages sent")
     return 0
 
