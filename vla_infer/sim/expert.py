@@ -117,13 +117,13 @@ class Expert:
         cube, yaw = world.cube(self._task.colour), world.yaw(self._task.colour)
         roll = _square_roll(goal, yaw)
         across = np.array([np.cos(yaw), np.sin(yaw)])
-        middle = tip[:2] + _REACH_IN * across
-        near = float(np.linalg.norm(middle - cube[:2]))
-        between = near < 0.014 and tip[2] < cube[2] + 0.006
-        if between and goal[ARM] <= _GRIP + 0.01:
-            return np.array([tip[0], tip[1], self._cruise + 0.03]), goal[4], _GRIP
-        if between and (near < 0.008 or goal[ARM] < _OPEN - 0.1):
-            return np.array([tip[0], tip[1], _GRASP]), goal[4], _GRIP
+        measured = self._kinematics.tip(world.joints()[0])  # it trails what is commanded, and holds the cube
+        near = float(np.linalg.norm(measured[:2] + _REACH_IN * across - cube[:2]))
+        if near < 0.016 and measured[2] < cube[2] + 0.008:
+            if goal[ARM] <= _GRIP + 0.03:
+                return np.array([tip[0], tip[1], self._cruise + 0.03]), goal[4], _GRIP
+            if near < 0.010 or goal[ARM] < _OPEN - 0.1:
+                return np.array([tip[0], tip[1], _GRASP]), goal[4], _GRIP
         return self._descend(tip, cube[:2] - _REACH_IN * across, _GRASP), roll, _OPEN
 
     def _descend(self, tip: FloatArray, place: FloatArray, height: float) -> FloatArray:
