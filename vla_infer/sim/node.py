@@ -25,8 +25,9 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from vla_infer.codecs import CODECS, JointSample, message_class
+from vla_infer.codecs import CODECS, COMMAND_CODECS, JointSample, message_class
 from vla_infer.contract import Contract, load_contract
+from vla_infer.contract_parse import nearest
 from vla_infer.errors import ContractError, ObservationError, VlaInferError
 from vla_infer.heap import keep_heap
 from vla_infer.node_support import make_executor
@@ -127,7 +128,7 @@ class Simulation:
 
     def _on_trajectory(self, message: Any) -> None:
         try:
-            setpoint = CODECS["trajectory_msgs/msg/JointTrajectory"].decode(message)
+            setpoint = COMMAND_CODECS["trajectory_msgs/msg/JointTrajectory"].decode(message)
             self._trajectory = Trajectory(setpoint, JOINTS, self.world.time, self.world.commanded)
         except ObservationError as error:
             self._warn(f"{_TRAJECTORIES}: {error}; refused")
@@ -251,9 +252,7 @@ def _settings(node: Any) -> dict[str, Any]:
             name not in (*known, "use_sim_time", "start_type_description_service")
             and "qos_overrides" not in name
         ):
-            raise ContractError(
-                f"parameter '{name}': there is none of that name; expected {', '.join(known)}"
-            )
+            raise ContractError(f"parameter '{name}': there is none of that name; {nearest(name, known)}")
     values: dict[str, Any] = {}
     for name, default, description, limits in PARAMETERS:
         descriptor = ParameterDescriptor(description=description, read_only=True)

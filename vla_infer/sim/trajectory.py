@@ -29,7 +29,8 @@ class Trajectory:
                 f"trajectory: joints {one_line(list(setpoint.names))}: expected some of {', '.join(joints)}, each once"
             )
         times = np.asarray(setpoint.times, np.float64)
-        if not np.isfinite(setpoint.values).all() or (np.diff(times, prepend=0.0) < 0).any():
+        finite = np.isfinite(setpoint.values).all() and np.isfinite(times).all()
+        if not finite or (np.diff(times, prepend=0.0) < 0).any():
             raise ObservationError(
                 "trajectory: expected finite positions, and times that never go back from 0"
             )
@@ -43,9 +44,9 @@ class Trajectory:
         after = int(np.searchsorted(self._times, now, side="right"))
         if after >= len(self._times):
             return np.array(self._rows[-1])
-        before = max(after - 1, 0)
+        if after == 0:
+            return np.array(self._rows[0])
+        before = after - 1
         share = (now - self._times[before]) / (self._times[after] - self._times[before])
-        row: FloatArray = self._rows[before] + min(max(share, 0.0), 1.0) * (
-            self._rows[after] - self._rows[before]
-        )
+        row: FloatArray = self._rows[before] + share * (self._rows[after] - self._rows[before])
         return row

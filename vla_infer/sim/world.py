@@ -66,7 +66,7 @@ class World:
         data, mujoco = self.data, self._mujoco
         mujoco.mj_resetData(self.model, data)
         data.qpos[: len(JOINTS)] = scene.start
-        self._commanded = scene.start.copy()
+        self._commanded = np.clip(scene.start, *self.limits.T)
         data.ctrl[:] = self._commanded
         for index, colour in enumerate(COLOURS):
             # What is not in the scene lies behind the arm, out of every camera's sight.
@@ -85,6 +85,7 @@ class World:
         self._begun = {colour: self.cube(colour) for colour in self.scene.cubes} if self.scene else {}
         self._contact = dict.fromkeys(COLOURS, 0.0)
         self._first: str | None = None
+        self._resting = self._touched()  # what the gripper still rests on is no mistake yet
 
     def _dress(self, scene: Scene) -> None:
         """Give colours, lamp and cameras this episode's look."""
@@ -142,17 +143,24 @@ class World:
             if self._steps % _LOOK == 0:
                 self._look()
 
-    def _look(self) -> None:
-        """Note which cubes the gripper touches."""
+    def _touched(self) -> set[str]:
+        """The cubes that the gripper touches now."""
         pairs = self.data.contact.geom
         if not len(pairs):
-            return
+            return set()
         cubes, hands = self._cube_of_geom[pairs], self._hand_geoms[pairs]
-        touched = set(cubes[hands[:, ::-1] & (cubes >= 0)].tolist())
-        for index in touched:
-            colour = COLOURS[index]
+        return {COLOURS[index] for index in cubes[hands[:, ::-1] & (cubes >= 0)].tolist()}
+
+    def _look(self) -> None:
+        """Note how long the gripper has touched which cube, and which one first."""
+        touched = self._touched()
+        for colour in self._resting - touched:
+            self._contact[colour] = 0.0
+        self._resting &= touched
+        for colour in touched:
             self._contact[colour] += _LOOK * TIMESTEP
-            if self._first is None and self._contact[colour] >= TOUCH_TIME:
+            long = self._contact[colour] >= TOUCH_TIME and colour not in self._resting
+            if long and self._first is None:
                 self._first = colour
 
     def joints(self) -> tuple[FloatArray, FloatArray]:
@@ -187,7 +195,7 @@ class World:
         if self.scene is None or task.colour not in self.scene.cubes or self.failed(task):
             return False
         if task.kind == "touch":
-            return self._first == task.colour
+            return self._contact[task.colour] >= TOUCH_TIME
         shift = self.moved(task.colour)
         if task.kind == "pick":
             return bool(shift[2] >= LIFT_HEIGHT)
