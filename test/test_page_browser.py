@@ -29,6 +29,13 @@ JOINT_DRAWN = (
     "[...document.querySelectorAll('.joint canvas')].every("
     "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0))"
 )
+BUTTONS_IN_SIGHT = (
+    "[...document.querySelectorAll('header button')].every(button => {"
+    " const b = button.getBoundingClientRect();"
+    " return b.left >= 0 && b.right <= innerWidth && b.top >= 0 && b.bottom <= innerHeight"
+    " && button.scrollWidth <= button.clientWidth && button.contains("
+    "document.elementFromPoint(b.x + b.width / 2, b.y + b.height / 2)); })"
+)
 
 
 @pytest.fixture
@@ -81,6 +88,7 @@ def test_what_is_typed_arrives_and_what_happens_is_shown(harness: Harness, tmp_p
             for width in (1280, 390):
                 await tab.size(width, 800, mobile=width < 500)
                 assert await tab.evaluate("document.documentElement.scrollWidth") <= width
+                assert await tab.evaluate(BUTTONS_IN_SIGHT)
             assert tab.problems == []
 
     harness.run()

@@ -91,10 +91,20 @@ def test_the_level_is_the_failsafes_while_the_node_is_active() -> None:
 
 def test_rates_and_rising_guard_counts_come_from_two_reports() -> None:
     board = Board("vla_node", "instruction")
-    board.diagnostics(statuses(inferences="100", commands_played="500", guard_velocity="3", ticks="9"), 10.0)
+    board.diagnostics(
+        statuses(inferences="100", commands_played="500", commands_held="7", guard_velocity="3", ticks="9"),
+        10.0,
+    )
     assert board.document(10.0)["inference_rate"] is None
     board.diagnostics(
-        statuses(failsafe="WARN", inferences="130", commands_played="600", guard_velocity="4", ticks="9"),
+        statuses(
+            failsafe="WARN",
+            inferences="130",
+            commands_played="600",
+            commands_held="7",
+            guard_velocity="4",
+            ticks="9",
+        ),
         12.0,
     )
     document = board.document(12.0)
@@ -102,8 +112,12 @@ def test_rates_and_rising_guard_counts_come_from_two_reports() -> None:
     assert document["reason"] == "guard: velocity 4"
     assert document["latency"]["inference"] == {"p50": 6.3}  # p99 is no number
     assert document["due"] is None  # ticks_missed is not there
-    board.diagnostics(statuses(inferences="1", commands_played="2"), 13.0)  # started again
-    assert board.document(13.0)["inference_rate"] is None
+    for second in range(13, 23):
+        board.diagnostics(statuses(inferences=str(10 * second)), float(second))
+    assert board.document(22.0)["inference_rate"] == 10.0  # the first ones no longer count
+    assert board.document(22.0)["command_rate"] is None
+    board.diagnostics(statuses(inferences="1", commands_played="2"), 23.0)  # started again
+    assert board.document(23.0)["inference_rate"] is None
 
 
 def test_a_simulation_counts_only_while_it_speaks() -> None:

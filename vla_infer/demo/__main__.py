@@ -98,7 +98,7 @@ def _start(programs: Programs, args: argparse.Namespace, contract: Contract) -> 
         page = python("page", *parameters(contract=args.contract, port=args.port))
         where = programs.start_page(Program(page), PAGE_LIMIT)
         if not where:
-            return f"the page did not start within {PAGE_LIMIT:g} s"
+            return programs.ended() or f"the page did not start within {PAGE_LIMIT:g} s"
         print(where, flush=True)
     node = parameters(
         policy=args.policy.resolve(), contract=args.contract, threads=args.threads, dry_run=True

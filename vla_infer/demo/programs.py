@@ -57,7 +57,8 @@ class Programs:
         )
 
     def start_page(self, program: Program, limit: float) -> str:
-        """Start the page's server and wait for the line that says where it is. Returns that line, empty for none."""
+        """Start the page's server and wait for the line that says where it is. Returns that line, empty when it ended
+        or took longer than `limit` seconds."""
         process = subprocess.Popen(
             program.command,
             stdin=subprocess.DEVNULL,
@@ -70,9 +71,12 @@ class Programs:
         # A read has no time-out; the thread ends with the process, at the latest.
         threading.Thread(target=_first_line, args=(process, said), daemon=True).start()
         try:
-            return said.get(timeout=limit).decode(errors="replace").strip()
+            line = said.get(timeout=limit).decode(errors="replace").strip()
         except queue.Empty:
             return ""
+        if not line:
+            process.wait(limit)  # its output has ended, and so does it
+        return line
 
     def ended(self) -> str:
         """What to say of a program that ended by itself; empty while all run."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 SILENT = 3.0  # s without diagnostics after which the node counts as gone; it reports once a second
+
+_REPORTS = 6  # that rates are taken over
 
 Document = dict[str, Any]
 
@@ -41,7 +44,7 @@ class Board:
         self._topic = instruction_topic
         self._node: dict[str, Status] = {}
         self._heard = -math.inf
-        self._rates: dict[str, float] = {}
+        self._past: deque[tuple[float, dict[str, float | None]]] = deque(maxlen=_REPORTS)
         self._rising: list[str] = []  # guard counters that rose in the last report
         self._simulation: Status | None = None
         self._simulation_heard = -math.inf
@@ -52,26 +55,39 @@ class Board:
         ours = {name[len(prefix) :]: status for name, status in statuses.items() if name.startswith(prefix)}
         if not ours:
             return False
-        self._compare(ours, now - self._heard)
+        self._compare(ours, now)
         self._node, self._heard = ours, now
         return True
 
     def simulation(self, status: Status, now: float) -> None:
         self._simulation, self._simulation_heard = status, now
 
-    def _compare(self, new: Mapping[str, Status], seconds: float) -> None:
-        """Rates, and which guard counters rose, from two reports in a row."""
-        old, self._rates, self._rising = self._node, {}, []
-        if not 0.1 < seconds < 10 * SILENT:
-            return
-        for name, key in (("inference", "inferences"), ("control", "commands_played")):
-            was, count = _number(old, name, key), _number(new, name, key)
-            if was is not None and count is not None and count >= was:
-                self._rates[key] = (count - was) / seconds
+    def _compare(self, new: Mapping[str, Status], now: float) -> None:
+        """Rates over the last reports, and which guard counters rose since the last one."""
+        old, self._rising = self._node, []
         for key in new.get("control", _NOTHING).values:
             was, count = _number(old, "control", key), _number(new, "control", key)
             if key.startswith("guard_") and was is not None and count is not None and count > was:
                 self._rising.append(f"{key.removeprefix('guard_').replace('_', ' ')} {count:.0f}")
+        counts = {
+            "inferences": _number(new, "inference", "inferences"),
+            "commands": _sum(new, "control", ("commands_played", "commands_held")),
+        }
+        if self._past and (now - self._past[-1][0] > SILENT or _fell(self._past[-1][1], counts)):
+            self._past.clear()  # the node was started again
+        self._past.append((now, counts))
+
+    def _rate(self, key: str) -> float | None:
+        """Of a counter in Hz, over the last reports: one alone comes too irregularly on a busy machine."""
+        if len(self._past) < 2:
+            return None
+        (began, first), (ended, last) = self._past[0], self._past[-1]
+        was, count = first[key], last[key]
+        return (
+            (count - was) / (ended - began)
+            if was is not None and count is not None and ended > began
+            else None
+        )
 
     def document(self, now: float) -> Document:
         """Everything, with None where nothing is known. Numbers are finite, rates in Hz, times in ms."""
@@ -89,8 +105,8 @@ class Board:
             "latency": {
                 name: self._percentiles(status, figure) for name, (status, figure) in _LATENCIES.items()
             },
-            "inference_rate": self._rates.get("inferences"),
-            "command_rate": self._rates.get("commands_played"),
+            "inference_rate": self._rate("inferences"),
+            "command_rate": self._rate("commands"),
             "control_rate": _number(self._node, "control", "control_rate"),
             "due": _sum(self._node, "control", ("ticks", "ticks_missed")),
             "late": _sum(self._node, "control", ("ticks_late", "ticks_missed")),
@@ -142,6 +158,10 @@ class Board:
             "success": values.get("success", "").lower() in ("true", "1"),
             **{key: _finite(values.get(key)) for key in ("episode", "successes", "episodes", "seconds")},
         }
+
+
+def _fell(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> bool:
+    return any((after[key] or 0.0) < (count or 0.0) for key, count in before.items())
 
 
 def _number(statuses: Mapping[str, Status], name: str, key: str) -> float | None:

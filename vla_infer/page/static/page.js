@@ -125,6 +125,7 @@ function inForce() {
 
 function task(simulation) {
   $("task").hidden = simulation === null;
+  $("stage").classList.toggle("tasked", simulation !== null);
   if (simulation === null) return;
   const { kind, colour, instruction, success, successes, episodes, episode, seconds } = simulation;
   $("task").classList.toggle("done", success);
