@@ -1,5 +1,5 @@
 # make demo    sets everything up, plays a bag to the node for DURATION seconds and shows it on a page of this machine
-#              (DURATION=0: until Ctrl-C; PORT=8600: always there; VIEW=--no-page: in the terminal)
+#              (BAG= : a simulated arm; DURATION=0: until Ctrl-C; PORT=8600: always there; VIEW=--no-page: in the terminal)
 # make test    sets everything up and runs every check and test, colcon's included
 # make faults  repeats a hundred times what needs a process; make soak: an hour with faults; make fuzz: 10^6 cases
 # make build   the virtual environment and the engine alone; make clean removes both
@@ -11,6 +11,7 @@ MINUTES ?= 60
 CASES ?= 1000000
 POLICY ?= test/golden/smolvla
 CONTRACT ?= so101
+# Empty: the demonstration drives a simulated arm.
 BAG ?= build/demo_bag
 # Code for 8.0 runs on 8.6 and 8.9 too, and its PTX on what is newer; 9.0a is Hopper's own.
 CUDA ?= AUTO
@@ -40,7 +41,7 @@ endif
 .DELETE_ON_ERROR:
 
 demo: build $(BAG)
-	$(IN_VENV) python -m vla_infer.demo --policy $(POLICY) --contract $(CONTRACT) --bag $(BAG) \
+	$(IN_VENV) python -m vla_infer.demo --policy $(POLICY) --contract $(CONTRACT) $(if $(BAG),--bag $(BAG)) \
 		--duration $(DURATION) --port $(PORT) $(VIEW) --profile config/fastdds.xml --log $(BUILD)/demo.log
 
 test: lint pytest colcon
@@ -86,7 +87,7 @@ colcon: build $(VENV)/.test
 clean:
 	rm -rf build $(VENV) vla_infer/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(BAG): | $(VENV)/.engine
+build/demo_bag: | $(VENV)/.engine
 	$(IN_VENV) python -m vla_infer.tools.make_bag $@
 
 $(VENV)/.made:

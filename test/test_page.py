@@ -203,6 +203,7 @@ def test_without_a_node_it_says_so(tmp_path: Path) -> None:
                 answer = await made.post(path)
                 assert not answer["ok"]
                 assert "is vla_node running?" in answer["message"]
+            assert "is the simulation running?" in (await made.post("/new_scene"))["message"]
             assert "nobody listens" in (await made.post("/instruction", text="wave"))["message"]
 
     asyncio.run(scenario())
@@ -210,10 +211,17 @@ def test_without_a_node_it_says_so(tmp_path: Path) -> None:
 
 def test_a_simulation_is_shown_and_bad_messages_are_named(harness: Harness, tmp_path: Path) -> None:
     from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+    from std_srvs.srv import Trigger
 
     values = {"kind": "touch", "colour": "red", "success": "true", "successes": "3", "episodes": "4"}
     message = DiagnosticStatus(values=[KeyValue(key=key, value=value) for key, value in values.items()])
     publisher = harness.robot.node.create_publisher(DiagnosticStatus, "/simulation/status", 10)
+
+    def reset(_: Any, response: Any) -> Any:
+        response.success, response.message = True, "episode 2"
+        return response
+
+    harness.robot.node.create_service(Trigger, "/simulation/reset", reset)
 
     async def scenario() -> None:
         async with page(patient_contract(tmp_path)) as made:
@@ -228,6 +236,7 @@ def test_a_simulation_is_shown_and_bad_messages_are_named(harness: Harness, tmp_
                 4,
             )
             assert task["seconds"] is None
+            assert (await made.post("/new_scene"))["message"] == "episode 2"
 
             def spoil() -> Any:
                 harness.robot.send_image("wrist", change={"encoding": "32FC1"})

@@ -1,8 +1,9 @@
-"""The demonstration: the node, what it sees (a bag's player), and a page to watch and steer it, over Fast DDS.
+"""The demonstration: a simulated arm or a bag's player, the node, and a page to watch and steer it, over Fast DDS.
 
-python -m vla_infer.demo --policy DIRECTORY --bag FOLDER
+python -m vla_infer.demo --policy DIRECTORY [--bag FOLDER]
 
-Each is a process of its own, so that none can keep the node's control timer waiting.
+With a bag nothing can move, so the node makes a dry run; in the simulation it is armed. Each is a process of its own,
+so that none can keep the node's control timer waiting.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         programs = Programs(log)
         try:
             problem = _start(programs, args, contract) or watch(
-                contract, programs.ended, args.duration, dry_run=True, show=not args.no_page
+                contract, programs.ended, args.duration, dry_run=args.bag is not None, show=not args.no_page
             )
         except KeyboardInterrupt:
             problem = "stopped"
@@ -64,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--policy", type=Path, required=True, help="policy directory as LeRobot saves it")
     parser.add_argument("--contract", default="so101", help="contract of the robot (default: so101)")
-    parser.add_argument("--bag", type=Path, required=True, help="folder of a rosbag2 recording")
+    parser.add_argument(
+        "--bag", type=Path, help="folder of a rosbag2 recording to play (default: a simulated SO-101)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation's first scene (default: 0)")
     parser.add_argument(
         "--duration", type=float, default=20.0, help="seconds from the first command; 0: until Ctrl-C"
     )
@@ -100,11 +104,20 @@ def _start(programs: Programs, args: argparse.Namespace, contract: Contract) -> 
         if not where:
             return programs.ended() or f"the page did not start within {PAGE_LIMIT:g} s"
         print(where, flush=True)
+    simulated = args.bag is None
     node = parameters(
-        policy=args.policy.resolve(), contract=args.contract, threads=args.threads, dry_run=True
+        policy=args.policy.resolve(),
+        contract=args.contract,
+        threads=args.threads,
+        dry_run=not simulated,
+        use_sim_time=simulated,
     )
     programs.start("node", Program(python("node", *node), environment=profile))
-    programs.start("player", Program(_player(args, contract), environment=profile))
+    if simulated:
+        world = python("sim.node", *parameters(contract=args.contract, seed=args.seed))
+        programs.start("simulation", Program(world, environment=profile))
+    else:
+        programs.start("player", Program(_player(args, contract), environment=profile))
     return ""
 
 

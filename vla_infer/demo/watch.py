@@ -30,7 +30,7 @@ class _Listener:
         topic = sink.topic + (DRY_SUFFIX if dry_run else "")
         node.create_subscription(message_class(sink.type), topic, self._on_command, 100)
         node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
-        node.create_subscription(DiagnosticStatus, "/simulation/status", self._on_simulation, 10)
+        node.create_subscription(DiagnosticStatus, "simulation/status", self._on_simulation, 10)
 
     def _on_command(self, _: Any, info: dict[str, Any]) -> None:
         self.stamps.append(info["source_timestamp"])

@@ -155,6 +155,8 @@ class Board:
             "kind": values.get("kind", ""),
             "colour": values.get("colour", ""),
             "instruction": values.get("instruction", ""),
+            "phase": values.get("phase", ""),
+            "outcome": values.get("outcome", ""),
             "success": values.get("success", "").lower() in ("true", "1"),
             **{key: _finite(values.get(key)) for key in ("episode", "successes", "episodes", "seconds")},
         }

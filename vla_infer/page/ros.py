@@ -101,11 +101,12 @@ class RosSide:
         self._reported = -math.inf
         self._changed = True
         node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
-        node.create_subscription(DiagnosticStatus, "/simulation/status", self._on_simulation, 10)
+        node.create_subscription(DiagnosticStatus, "simulation/status", self._on_simulation, 10)
         self._instruct = node.create_publisher(String, contract.instruction.topic, 10)
         self._press = node.create_publisher(Bool, "emergency_stop", 10)
         kinds = (("run", SetBool), ("emergency_stop", Trigger), ("reset_emergency_stop", Trigger))
         self._clients = {name: node.create_client(kind, f"{target}/{name}") for name, kind in kinds}
+        self._clients["simulation"] = node.create_client(Trigger, "simulation/reset")
         self._clients["change_state"] = node.create_client(ChangeState, f"{target}/change_state")
         self._executor = make_executor(context)
         self._executor.add_node(node)
@@ -244,7 +245,8 @@ class RosSide:
         name, request = SERVICES[service]
         client = self._clients[name]
         if not client.service_is_ready():
-            raise LookupError(f"{client.srv_name} is not there; is {self._target} running?")
+            owner = "the simulation" if service == "new_scene" else self._target
+            raise LookupError(f"{client.srv_name} is not there; is {owner} running?")
         future = client.call_async(request())
 
         def done(future: Any) -> None:
@@ -263,6 +265,7 @@ SERVICES: dict[str, tuple[str, Callable[[], Any]]] = {
     "hold": ("run", lambda: SetBool.Request(data=False)),
     "emergency_stop": ("emergency_stop", Trigger.Request),
     "reset": ("reset_emergency_stop", Trigger.Request),
+    "new_scene": ("simulation", Trigger.Request),
     "activate": (
         "change_state",
         lambda: ChangeState.Request(transition=Transition(id=Transition.TRANSITION_ACTIVATE)),

@@ -21,6 +21,7 @@ ADDRESS = "127.0.0.1"
 MAX_CLIENTS = 8  # pages that are open at a time
 MAX_CONNECTIONS = 64
 MAX_BODY = 8192  # bytes: an instruction has at most 1024 characters
+SERVICES = ("run", "hold", "emergency_stop", "reset", "activate", "new_scene")
 ANSWER_LIMIT = 3.0  # s for the node to answer
 _FILES = {
     "/": ("index.html", "text/html"),
@@ -62,7 +63,7 @@ class Server:
             application.router.add_get(path, self._file)
         application.router.add_get("/live", self._live)
         application.router.add_post("/instruction", self._instruction)
-        for service in ("run", "hold", "emergency_stop", "reset", "activate"):
+        for service in SERVICES:
             application.router.add_post(f"/{service}", self._service(service))
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0, keepalive_timeout=20)
         await self._runner.setup()

@@ -127,11 +127,12 @@ function task(simulation) {
   $("task").hidden = simulation === null;
   $("stage").classList.toggle("tasked", simulation !== null);
   if (simulation === null) return;
-  const { kind, colour, instruction, success, successes, episodes, episode, seconds } = simulation;
+  const { kind, colour, instruction, phase, outcome, success, successes, episodes, episode, seconds } = simulation;
   $("task").classList.toggle("done", success);
   put($("episode"), episode === null ? "" : String(episode));
-  put($("task-what"), instruction || [kind, colour].filter(Boolean).join(" "));
-  put($("task-note"), success ? "done" : seconds === null ? "" : `${seconds.toFixed(1)} s`);
+  put($("task-what"), instruction || [kind, colour].filter(Boolean).join(" ") || "none yet");
+  const clock = seconds === null ? "" : `${seconds.toFixed(1)} s`;
+  put($("task-note"), success ? "success" : phase === "ended" ? outcome : phase && phase !== "running" ? phase : clock);
   put($("score"), successes === null || episodes === null ? "–" : `${successes} / ${episodes}`);
   put($("share"), successes !== null && episodes > 0 ? `${(100 * successes / episodes).toFixed(0)} %` : "");
 }
@@ -160,6 +161,7 @@ async function picture(data, from) {
       if (entry.canvas.width !== image.width || entry.canvas.height !== image.height) {
         entry.canvas.width = image.width;
         entry.canvas.height = image.height;
+        entry.canvas.style.aspectRatio = String(Math.min(2, Math.max(0.8, image.width / image.height)));
       }
       entry.canvas.getContext("2d").drawImage(image, 0, 0);
       const now = performance.now() / 1000;
@@ -241,11 +243,11 @@ async function post(path, body = {}) {
 }
 async function act(service) {
   const { ok, message } = await post(`/${service}`);
-  const what = { run: "run", hold: "hold", reset: "reset", activate: "activate", emergency_stop: "emergency stop" }[service];
+  const what = { run: "run", hold: "hold", reset: "reset", activate: "activate", emergency_stop: "emergency stop", new_scene: "new scene" }[service];
   tell(`${what}: ${message || (ok ? "done" : "refused")}`, !ok);
 }
 $("run").addEventListener("click", () => act(status.lifecycle === "inactive" ? "activate" : "run"));
-for (const service of ["hold", "reset", "emergency_stop"]) $(service).addEventListener("click", () => act(service));
+for (const service of ["hold", "reset", "emergency_stop", "new_scene"]) $(service).addEventListener("click", () => act(service));
 
 $("instruct").addEventListener("submit", async (event) => {
   event.preventDefault();
