@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import weakref
 from importlib import import_module
 from typing import Any
 
@@ -70,6 +71,8 @@ class Renderer:
         self._option.sitegroup[:] = 0
         self._perturbation = mujoco.MjvPerturb()
         self._pixels = np.empty((height, width, 3), np.uint8)
+        # At the process's end too: afterwards OpenGL is gone, and freeing complains.
+        self._free = weakref.finalize(self, _free, self._context, self._gl)
 
     def draw(self, data: Any, camera: str) -> Image:
         """The image (H, W, 3), RGB, of a camera by name; owned by the caller."""
@@ -91,17 +94,18 @@ class Renderer:
 
     def close(self) -> None:
         """Free the OpenGL context. Nothing can be drawn afterwards."""
-        self._context.free()
-        self._gl.free()
+        self._free()
+
+
+def _free(*contexts: Any) -> None:
+    for context in contexts:
+        context.free()
 
 
 def _egl_device() -> bool:
     """Whether some EGL device initialises: the library alone may have no driver behind it."""
-    name = ctypes.util.find_library("EGL")
-    if name is None:
-        return False
     try:
-        egl = ctypes.CDLL(name)
+        egl = ctypes.CDLL(ctypes.util.find_library("EGL") or "libEGL.so.1")
         address = egl.eglGetProcAddress
     except (OSError, AttributeError):
         return False
