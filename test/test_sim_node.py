@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -241,6 +242,26 @@ def test_what_is_wrong_is_one_line(argument: str, line: str) -> None:
     assert len(said) == 1
     assert "\n" not in said[0]
     assert said[0].startswith(f"simulation: {line}")
+
+
+def test_the_launch_file_s_arguments_are_parameters_of_the_node() -> None:
+    pytest.importorskip("launch_ros", reason="needs the launch packages of ROS 2 (launch_ros)")
+    pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+    from vla_infer.sim.node import PARAMETERS
+
+    spec = importlib.util.spec_from_file_location("simulation", ROOT / "launch" / "simulation.launch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    declared = {
+        item.name: item.default_value for item in module.generate_launch_description().get_launch_arguments()
+    }
+    defaults = {name: default for name, default, *_ in PARAMETERS}
+    for name, default, kind, _ in module.NODE_PARAMETERS:
+        assert kind(default) == defaults[name]
+        assert declared[name][0].text == default
+    assert module.PROFILE.is_file()
 
 
 def test_a_contract_for_another_arm_is_refused(tmp_path: Path) -> None:
