@@ -10,7 +10,6 @@ sizes of the golden policies. Memory stays below 1 GB: tensors are made and writ
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from vla_infer.checkpoint import WEIGHTS, Checkpoint, assemble_checkpoint, read_checkpoint
 from vla_infer.errors import VlaInferError
 from vla_infer.policy_config import FAMILIES
+from vla_infer.policy_files import STATE_DIM, policy_config, write_json, write_processors
 from vla_infer.random_weights import (
     Sizes,
     full_sizes,
@@ -33,9 +33,8 @@ from vla_infer.random_weights import (
     small_sizes,
     tensor_shapes,
 )
-from vla_infer.safetensors_io import TensorInfo, save_tensors, write_safetensors
+from vla_infer.safetensors_io import TensorInfo, write_safetensors
 
-STATE_DIM = 6
 _CAMERA_NAMES = ("top", "wrist", "left", "right", "front", "back", "side", "overhead")
 _PHRASES = (
     "Task: pick up the red cube and place it in the box, State: ;\nAction: ",
@@ -70,13 +69,13 @@ def write_random_checkpoint(
     root = Path(directory)
     sizes = small_sizes(family) if small else full_sizes(family)
     (root / "tokenizer").mkdir(parents=True, exist_ok=True)
-    config = _config(family, sizes, _CAMERA_NAMES[:cameras])
-    _write_json(root / "config.json", config)
-    _write_processors(root, config, np.random.default_rng(seed))
-    _write_json(root / "tokenizer" / "tokenizer.json", make_tokenizer(add_bos=family != "smolvla"))
+    config = policy_config(family, sizes, _CAMERA_NAMES[:cameras])
+    write_json(root / "config.json", config)
+    write_processors(root, config, _statistics(np.random.default_rng(seed)))
+    write_json(root / "tokenizer" / "tokenizer.json", make_tokenizer(add_bos=family != "smolvla"))
     architecture = root / "vla_infer.json"
     if small:  # the head size of 64 cannot be told from the tensors' shapes
-        _write_json(architecture, {"architecture": _architecture(family, sizes)})
+        write_json(architecture, {"architecture": _architecture(family, sizes)})
     else:
         architecture.unlink(missing_ok=True)
     if weights:
@@ -115,99 +114,6 @@ def random_policy(directory: str | Path, family: str, *, seed: int = 0, small: b
     return _RandomCheckpoint(
         **{item.name: getattr(base, item.name) for item in fields(Checkpoint)}, seed=seed
     )
-
-
-def _config(family: str, sizes: Sizes, cameras: tuple[str, ...]) -> dict[str, Any]:
-    side = sizes.vision.image
-    image = {"type": "VISUAL", "shape": [3, 480, 640]}
-    mode = "QUANTILES" if family == "pi05" else "MEAN_STD"
-    config: dict[str, Any] = {
-        "type": family,
-        "n_obs_steps": 1,
-        "input_features": {
-            **{f"observation.images.{name}": image for name in cameras},
-            "observation.state": {"type": "STATE", "shape": [STATE_DIM]},
-        },
-        "output_features": {"action": {"type": "ACTION", "shape": [STATE_DIM]}},
-        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
-        "device": "cpu",
-        "chunk_size": sizes.horizon,
-        "n_action_steps": sizes.horizon,
-        "max_state_dim": sizes.padded,
-        "max_action_dim": sizes.padded,
-        "empty_cameras": 0,
-        "tokenizer_max_length": 200 if family == "pi05" else 48,
-        "min_period": 0.004,
-        "max_period": 4.0,
-        "rtc_config": None,
-    }
-    if family == "smolvla":
-        return config | {
-            "num_steps": 10,
-            "resize_imgs_with_padding": [side, side],
-            "vlm_model_name": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
-            "attention_mode": "cross_attn",
-            "prefix_length": -1,
-            "pad_language_to": "longest",
-            "num_expert_layers": -1,
-            "num_vlm_layers": sizes.text.depth,
-            "self_attn_every_n_layers": 2,
-            "expert_width_multiplier": 0.75,
-        }
-    return config | {
-        "num_inference_steps": 10,
-        "image_resolution": [side, side],
-        "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
-        "dtype": "bfloat16",
-    }
-
-
-def _write_processors(root: Path, config: dict[str, Any], rng: np.random.Generator) -> None:
-    family = config["type"]
-    normalizer = {
-        "eps": 1e-8,
-        "features": {**config["input_features"], **config["output_features"]},
-        "norm_map": config["normalization_mapping"],
-    }
-    relative = _step(
-        "relative_actions_processor", enabled=False, exclude_joints=["gripper"], action_names=None
-    )
-    tokenizer = _step(
-        "tokenizer_processor",
-        max_length=config["tokenizer_max_length"],
-        task_key="task",
-        padding_side="right",
-        padding="longest" if family == "smolvla" else "max_length",
-        truncation=True,
-        tokenizer_name="tokenizer",
-    ) | {"artifacts": {"tokenizer_name": "tokenizer"}}
-    start = [_step("rename_observations_processor", rename_map={}), _step("to_batch_processor")]
-    device, normalize = (
-        _step("device_processor", device="cpu", float_dtype=None),
-        _step("normalizer_processor"),
-    )
-    normalize["config"] = normalizer
-    if family == "smolvla":
-        before = [*start, _step("smolvla_new_line_processor"), tokenizer, device, normalize]
-    elif family == "pi0":
-        before = [*start, _step("pi0_new_line_processor"), tokenizer, device, relative, normalize]
-    else:
-        prompt = _step("pi05_prepare_state_tokenizer_processor_step")
-        before = [*start, relative, normalize, prompt, tokenizer, device]
-    after = [_step("unnormalizer_processor", **(normalizer | {"features": config["output_features"]}))]
-    after += [] if family == "smolvla" else [_step("absolute_actions_processor", enabled=False)]
-    stats = _statistics(rng)
-    for name, steps in (("policy_preprocessor", before), ("policy_postprocessor", [*after, device])):
-        for i, step in enumerate(steps):
-            if "normalizer" in step["registry_name"]:
-                step["state_file"] = f"{name}_step_{i}_{step['registry_name']}.safetensors"
-                save_tensors(root / step["state_file"], stats)
-        _write_json(root / f"{name}.json", {"name": name, "steps": steps})
-
-
-def _step(name: str, **config: Any) -> dict[str, Any]:
-    return {"registry_name": name, "config": config}
 
 
 def _statistics(rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
@@ -321,10 +227,6 @@ def _architecture(family: str, sizes: Sizes) -> dict[str, Any]:
     names |= {"kv_heads": "num_kv_heads", "head_dim": "head_dim"}
     text, expert = ({key: getattr(d, name) for name, key in names.items()} for d in (t, e))
     return {"vision": vision, "text": text, "expert": expert, "vocab_size": sizes.vocabulary}
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

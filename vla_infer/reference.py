@@ -1,8 +1,12 @@
 """The reference executor: every operation of the tape in a few lines of PyTorch.
 
-Slow, obviously right, differentiable: the yardstick of the other executors. In float32 or float64 it computes what
-the formulas say; in bfloat16 it is what PyTorch itself makes of them, which is the error the engine is measured
-against. This is the only module that imports torch.
+Slow, obviously right, differentiable: the yardstick of the other executors, and what trains the demonstration
+policy. In float32 or float64 it computes what the formulas say; in bfloat16 it is what PyTorch itself makes of them,
+which is the error the engine is measured against.
+
+Every operation works on the last two dimensions, the tape's rows and columns, and broadcasts over those before
+them: inputs (batch, rows, cols) run a batch, and inputs (draws, batch, rows, cols) beside others of (batch, rows,
+cols) run what depends on them alone once for each draw.
 """
 
 from __future__ import annotations
@@ -49,31 +53,32 @@ class ReferenceExecutor:
         self.full = torch.float64 if precision == "fp64" else torch.float32
         self.weights: dict[str, Torch] = {}
         self.memory: dict[int, Torch] = {}
-        for op in tape.ops:
-            for w in op.weights:
-                if w.name not in self.weights:
-                    values = to_torch(read(w.name))
-                    self.weights[w.name] = values.reshape(values.shape[0], -1).to(device, self.act)
         for buffer in tape.buffers:
-            if buffer.kind == "param":
-                values = to_torch(read(buffer.name)).reshape(buffer.rows, buffer.cols)
-            elif buffer.kind == "constant":
+            if buffer.kind == "constant":
                 assert buffer.values is not None
-                values = to_torch(buffer.values)
-            else:
-                continue
-            self.memory[buffer.id] = values.to(device, self._dtype(buffer.dtype))
+                self.memory[buffer.id] = to_torch(buffer.values).to(device, self._dtype(buffer.dtype))
         with torch.no_grad():
-            for op in tape.ops:
-                if op.at_load:
-                    self._run(op, 0)
+            self.bind(lambda name: to_torch(read(name)))
+
+    def bind(self, tensor: Callable[[str], Torch]) -> None:
+        """Take the checkpoint's tensors from `tensor(name)` from now on, and compute anew what depends on them
+        alone. Gradients flow into them where torch has them enabled."""
+        for name in {w.name: None for op in self.tape.ops for w in op.weights}:
+            self.weights[name] = tensor(name).flatten(1).to(self.device, self.act)
+        for buffer in self.tape.buffers:
+            if buffer.kind == "param":
+                values = tensor(buffer.name).reshape(buffer.rows, buffer.cols)
+                self.memory[buffer.id] = values.to(self.device, self._dtype(buffer.dtype))
+        for op in self.tape.ops:
+            if op.at_load:
+                self._run(op, 0)
 
     def _dtype(self, name: str) -> torch.dtype:
         return {"act": self.act, "f32": self.full, "i32": torch.int32, "u8": torch.uint8}[name]
 
     def _get(self, t: Tensor, step: int) -> Torch:
         row = t.row + step * t.step
-        return self.memory[t.buffer.id][row : row + t.rows, t.col : t.col + t.cols]
+        return self.memory[t.buffer.id][..., row : row + t.rows, t.col : t.col + t.cols]
 
     def _put(self, t: Tensor, value: Torch) -> None:
         """Write a view. Parts of a buffer are written on a copy, so that autograd's saved tensors stay whole."""
@@ -85,8 +90,9 @@ class ReferenceExecutor:
         old = self.memory.get(buffer.id)
         if old is None:
             old = torch.zeros(buffer.rows, buffer.cols, dtype=value.dtype, device=self.device)
-        new = old.clone()
-        new[t.row : t.row + t.rows, t.col : t.col + t.cols] = value
+        lead = max(old.shape[:-2], value.shape[:-2], key=len)
+        new = old.expand(*lead, buffer.rows, buffer.cols).clone()
+        new[..., t.row : t.row + t.rows, t.col : t.col + t.cols] = value
         self.memory[buffer.id] = new
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
@@ -96,13 +102,17 @@ class ReferenceExecutor:
         return {name: t.to("cpu", self.full).numpy().copy() for name, t in outputs.items()}
 
     def forward(self, inputs: Mapping[str, Torch]) -> dict[str, Torch]:
-        """As `run`, on tensors, with gradients where torch has them enabled."""
+        """As `run`, on tensors, with gradients where torch has them enabled. What an earlier run left is dropped."""
+        for buffer in self.tape.buffers:
+            if buffer.kind == "temp" and not self.tape.is_table(buffer):
+                self.memory.pop(buffer.id, None)
         for name, t in self.tape.inputs.items():
             if name not in inputs:
                 raise EngineError(f"reference: input {name!r} is missing")
-            self.memory[t.buffer.id] = (
-                inputs[name].reshape(t.rows, t.cols).to(self.device, self._dtype(t.dtype))
-            )
+            values = inputs[name]
+            if values.shape[-2:] != (t.rows, t.cols):
+                values = values.reshape(t.rows, t.cols)
+            self.memory[t.buffer.id] = values.to(self.device, self._dtype(t.dtype))
         body = [op for op in self.tape.ops if not op.at_load]
         first = next((i for i, op in enumerate(body) if op.loop), len(body))
         last = len(body) - next((i for i, op in enumerate(reversed(body)) if op.loop), len(body))
@@ -145,6 +155,8 @@ class ReferenceExecutor:
         return y.to(self.act)
 
     def _product(self, x: Torch, w: Torch, bias: Torch | None) -> Torch:
+        if bias is not None and bias.dim() > 2:  # a bias of its own for each of a batch
+            return F.linear(x, w) + bias.to(x.dtype)
         return F.linear(x, w, None if bias is None else bias.reshape(-1).to(x.dtype))
 
     def _linear(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
@@ -156,7 +168,7 @@ class ReferenceExecutor:
             y = y * o["gate"].to(y.dtype)
         if "residual" in o:
             r = o["residual"].to(y.dtype)
-            y = r.repeat(y.shape[-2] // r.shape[-2], 1) + y
+            y = torch.cat([r] * (y.shape[-2] // r.shape[-2]), -2) + y
         return {"out": y}
 
     def _gated_linear(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
@@ -170,9 +182,9 @@ class ReferenceExecutor:
         for name, weight in zip([n for n in ("q", "k", "v") if n in op.operands], w, strict=True):
             y = self._product(x, weight, o.get(f"{name}_bias"))
             if "rope" in o and name != "v":
-                table = o["rope"][o["positions"].reshape(-1).long()].to(self.full)
-                cos, sin = table[:, None, : d // 2], table[:, None, d // 2 :]
-                heads = y.reshape(y.shape[0], -1, d).to(self.full)
+                table = o["rope"][o["positions"].squeeze(-1).long()].to(self.full)
+                cos, sin = table[..., None, : d // 2], table[..., None, d // 2 :]
+                heads = y.reshape(*y.shape[:-1], -1, d).to(self.full)
                 h1, h2 = heads[..., : d // 2], heads[..., d // 2 :]
                 y = torch.cat([h1 * cos - h2 * sin, h2 * cos + h1 * sin], -1).reshape(y.shape).to(self.act)
             results[name] = y
@@ -182,44 +194,52 @@ class ReferenceExecutor:
         d, batch = int(op.attrs["head_dim"]), int(op.attrs["batch"])
 
         def heads(t: Torch) -> Torch:
-            return t.reshape(batch, t.shape[0] // batch, -1, d).transpose(1, 2)
+            return t.reshape(*t.shape[:-2], batch, t.shape[-2] // batch, -1, d).transpose(-3, -2)
 
         q, k, v = heads(o["q"]), heads(o["k"]), heads(o["v"])
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        group = q.shape[-3] // k.shape[-3]
+        k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
         scores = (q.to(self.full) @ k.to(self.full).transpose(-1, -2)) * d**-0.5
         if "q_block" in o:
-            seen = o["k_block"].reshape(1, -1) <= o["q_block"].reshape(-1, 1)
-            scores = scores.masked_fill(~seen, float("-inf"))
+            seen = o["k_block"].transpose(-1, -2) <= o["q_block"]
+            scores = scores.masked_fill(~seen[..., None, None, :, :], float("-inf"))
         p = torch.nan_to_num(scores.softmax(-1)).to(self.act)
-        return {"out": (p @ v).transpose(1, 2).reshape(o["q"].shape)}
+        out = (p @ v).transpose(-3, -2)
+        return {"out": out.reshape(*out.shape[:-4], *o["q"].shape[-2:])}
 
     def _space_to_depth(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
         f, height, width = (int(op.attrs[n]) for n in ("factor", "height", "width"))
         x = self._normed(op, o, o["x"])
         d = x.shape[-1]
-        x = x.reshape(-1, height // f, f, width // f, f, d).transpose(2, 3)
-        return {"out": x.reshape(-1, f * f * d)}
+        lead = x.shape[:-2]
+        x = x.reshape(*lead, -1, height // f, f, width // f, f, d).transpose(-4, -3)
+        return {"out": x.reshape(*lead, -1, f * f * d)}
 
     def _embed(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
-        rows = o["table"][o["tokens"].reshape(-1).long()]
+        rows = o["table"][o["tokens"].squeeze(-1).long()]
         return {"out": rows * torch.tensor(op.attrs["scale"], dtype=rows.dtype)}
 
     def _image_patches(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
         height, width, p = (int(op.attrs[n]) for n in ("height", "width", "patch"))
+        frames, geometry = o["frames"], o["geometry"]
+        if geometry.dim() > 2:
+            raise EngineError("reference: geometry: expected one for the whole batch, (cameras, 8)")
+        lead = frames.shape[:-2]
         pictures = []
-        for pixels, row in zip(o["frames"], o["geometry"].tolist(), strict=True):
+        for pixels, row in zip(frames.unbind(-2), geometry.tolist(), strict=True):
             h, wide, stride, new_h, new_w, top, left, present = row
-            picture = torch.full((3, height, width), -1.0, dtype=self.full, device=self.device)
+            picture = torch.full((*lead, 3, height, width), -1.0, dtype=self.full, device=self.device)
             if present:
-                x = pixels[: h * stride].reshape(h, stride)[:, : 3 * wide].reshape(h, wide, 3)
-                x = x.permute(2, 0, 1).to(self.full) / 255
+                x = pixels[..., : h * stride].reshape(-1, h, stride)[..., : 3 * wide].reshape(-1, h, wide, 3)
+                x = x.permute(0, 3, 1, 2).to(self.full) / 255
                 if (new_h, new_w) != (h, wide):
-                    x = F.interpolate(x[None], size=(new_h, new_w), mode="bilinear", align_corners=False)[0]
-                picture[:, top : top + new_h, left : left + new_w] = x * 2 - 1
+                    x = F.interpolate(x, size=(new_h, new_w), mode="bilinear", align_corners=False)
+                x = x.reshape(*lead, 3, new_h, new_w)
+                picture[..., top : top + new_h, left : left + new_w] = x * 2 - 1
             pictures.append(picture)
-        x = torch.stack(pictures).reshape(-1, 3, height // p, p, width // p, p)
-        return {"out": x.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)}
+        x = torch.stack(pictures, -4).reshape(*lead, -1, 3, height // p, p, width // p, p)
+        x = x.movedim((-4, -2), (-5, -4))
+        return {"out": x.reshape(*lead, -1, 3 * p * p)}
 
     def _euler(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
         h = self._normed(op, o, o["h"])

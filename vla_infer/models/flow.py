@@ -65,8 +65,12 @@ def step(t: Tape, x: Tensor, norm: Norm, flow: Flow, loop: Loop) -> None:
     )
 
 
-def time_table(t: Tape, steps: int, width: int, periods: tuple[float, float]) -> Tensor:
-    """The embedding of each step's time, (steps, width) f32."""
+def time_table(
+    t: Tape, steps: int, width: int, periods: tuple[float, float], *, given: bool = False
+) -> Tensor:
+    """The embedding of each step's time, (steps, width) f32; `given`: an input, so that the times are the caller's."""
+    if given:
+        return t.input("time_embedding", (steps, width), "f32")
     return t.constant("time_embedding", time_embedding(flow_times(steps), width, *periods))
 
 

@@ -107,12 +107,17 @@ def sizes(ckpt: Checkpoint, *, steps: int | None = None) -> Sizes:
     )
 
 
-def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> Tape:
+def record(
+    s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False, given_times: bool = False
+) -> Tape:
     """The forward pass for prompts of up to `prompt` tokens and pictures of up to `frame_bytes` bytes.
 
     Inputs beside those of `flow.flow_inputs`: frames, geometry (see `Tape.image_patches`), tokens (prompt, 1),
-    state (1, state_dim), positions (prefix + horizon, 1) and blocks (the same), see `index_inputs`.
-    Outputs: actions; with `probes` also vision_out (as `Tape.space_to_depth` leaves it) and image_tokens.
+    state (1, state_dim), positions (prefix + horizon, 1) and blocks (the same), see `index_inputs`; with
+    `given_times` also time_embedding (steps, expert width): with one step, actions - (the output) is then the
+    velocity at any time, which is what training needs.
+    Outputs: actions; with `probes` also vision_out (as `Tape.space_to_depth` leaves it), image_tokens, and
+    prefix_values, the last language layer's values (images | instruction | state, kv_heads * head_dim).
     """
     t = Tape()
     frames = t.input("frames", (s.cameras, frame_bytes), "u8")
@@ -140,6 +145,8 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
         t.output("image_tokens", prefix[:images])
     t.stage = "prefix"
     L.Stack(t, s.text, f"{VLM}.text_model").fill(prefix, seq)
+    if probes:
+        t.output("prefix_values", seq.caches[-1].v[:rows])
 
     t.stage = "head"
     # what the cross-attending layers see of the prefix does not change while denoising
@@ -151,7 +158,8 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
             k = t.linear(seq.caches[i].k[:rows], L.weight(f"{at}.k_proj", kv, kv))
             seen[i] = (k, t.linear(seq.caches[i].v[:rows], L.weight(f"{at}.v_proj", kv, kv)))
 
-    of_action = F.ActionTimeMlp(t, F.time_table(t, s.steps, e.width, s.periods), e.width)
+    times = F.time_table(t, s.steps, e.width, s.periods, given=given_times)
+    of_action = F.ActionTimeMlp(t, times, e.width)
     own = t.constant("own_positions", np.arange(s.horizon, dtype=np.int32)[:, None], "i32")
     cross = Rope(seq.table, own)
     expert = L.Stack(t, e, EXPERT)
