@@ -33,3 +33,7 @@ class DeviceLostError(EngineError):
 
 class ReplayError(VlaInferError):
     """A recording that cannot be replayed, or a report that cannot be read or compared."""
+
+
+class TrainingError(VlaInferError):
+    """Demonstrations or a training state that are missing, or that do not fit what is asked for."""

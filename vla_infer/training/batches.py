@@ -1,0 +1,124 @@
+"""Batches of demonstrations on the training device, with another wording and other light each time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_infer.processors import Processors
+from vla_infer.sim.tasks import COLOURS, KINDS, phrases
+
+from .objective import PLACES, Batch
+from .shards import Demonstrations
+
+_STRANGE = 0.05  # of the tokens become another one, so that an unknown word does not decide what is done
+_BRIGHTNESS, _CONTRAST, _TINT = 0.15, 0.15, 0.05
+_PIXELS_NOISE = 3.0  # of 255, standard deviation
+_STATE_NOISE = 0.05  # of a standard deviation: what the encoders of a real arm do, and against copying the state
+
+
+class Batches:
+    """All of the demonstrations in the device's memory. Pictures stay uint8: N x cameras x H x W x 3 bytes."""
+
+    def __init__(
+        self, demonstrations: Demonstrations, processors: Processors, *, vocabulary: int, device: str, seed: int
+    ) -> None:
+        rows = demonstrations.rows
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self._device, self._vocabulary = device, vocabulary
+        self._frames = _on_device(demonstrations.frames, device)
+        state, actions = _normalised(processors, rows["state"], rows["actions"])
+        self._state = torch.from_numpy(state).to(device)
+        self._actions = torch.from_numpy(actions).to(device)
+        self._valid = torch.from_numpy(rows["valid"]).to(device)
+        self._goal = torch.from_numpy(rows["goal"]).to(device)
+        self._say(processors, rows["kind"], rows["colour"])
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def _say(
+        self,
+        processors: Processors,
+        kinds: np.ndarray[tuple[int], np.dtype[np.int8]],
+        colours: np.ndarray[tuple[int], np.dtype[np.int8]],
+    ) -> None:
+        """Tables of token sequences: (kinds * colours, phrases, PLACES), their lengths, and how many each has."""
+        spoken = [
+            [processors.encode(np.zeros(processors.state_dim), text).tokens for text in phrases(kind, colour)]
+            for kind in KINDS
+            for colour in COLOURS
+        ]
+        most = max(len(said) for said in spoken)
+        tokens = np.zeros((len(spoken), most, PLACES), np.int64)
+        lengths = np.zeros((len(spoken), most), np.int64)
+        for i, said in enumerate(spoken):
+            for j, ids in enumerate(said):
+                tokens[i, j, : len(ids)] = ids
+                lengths[i, j] = len(ids)
+        self._tokens = torch.from_numpy(tokens).to(self._device)
+        self._lengths = torch.from_numpy(lengths).to(self._device)
+        self._counts = torch.tensor([len(said) for said in spoken], device=self._device)
+        meaning = kinds.astype(np.int64) * len(COLOURS) + colours
+        self._meaning = torch.from_numpy(meaning).to(self._device)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self._device)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self._device)
+
+    def draw(self, size: int) -> Batch:
+        """`size` observations, drawn with replacement."""
+        chosen = (self._uniform(size) * len(self)).long()
+        meaning = self._meaning[chosen]
+        wording = (self._uniform(size) * self._counts[meaning]).long()
+        tokens, lengths = self._tokens[meaning, wording], self._lengths[meaning, wording]
+        strange = self._uniform(size, PLACES) < _STRANGE
+        other = (self._uniform(size, PLACES) * self._vocabulary).long()
+        inside = torch.arange(PLACES, device=self._device) < lengths[:, None] - 1  # the line end stays
+        state = self._state[chosen]
+        return Batch(
+            frames=self._in_another_light(self._frames[chosen]),
+            state=state + _STATE_NOISE * self._normal(*state.shape),
+            tokens=torch.where(strange & inside, other, tokens),
+            lengths=lengths,
+            actions=self._actions[chosen],
+            valid=self._valid[chosen],
+            goal=self._goal[chosen],
+        )
+
+    def _in_another_light(self, frames: Tensor) -> Tensor:
+        """Brightness, contrast and tint of each picture, (B, cameras, H, W, 3), and noise on its pixels."""
+        lead = frames.shape[:2]
+
+        def around(spread: float, channels: int) -> Tensor:
+            return spread * (2 * self._uniform(*lead, 1, 1, channels) - 1)
+
+        x = frames.float()
+        x = x * (1 + around(_TINT, 3)) * (1 + around(_CONTRAST, 1)) + 255 * _BRIGHTNESS * around(1.0, 1)
+        x = x + _PIXELS_NOISE * self._normal(*x.shape)
+        return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def _on_device(shards: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]], device: str) -> Tensor:
+    """One tensor of all shards, filled shard by shard, so that host memory holds one."""
+    count = sum(len(shard) for shard in shards)
+    result = torch.empty((count, *shards[0].shape[1:]), dtype=torch.uint8, device=device)
+    start = 0
+    for shard in shards:
+        result[start : start + len(shard)] = torch.from_numpy(np.array(shard))
+        start += len(shard)
+    return result
+
+
+def _normalised(
+    processors: Processors, state: np.ndarray, actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """States (N, S) and chunks (N, H, A) as the model takes them, by the policy's own processors."""
+    zeros = np.zeros(processors.state_dim, np.float32)
+    count, horizon, _ = actions.shape
+    flat = processors.normalize_actions(actions.reshape(count * horizon, -1), zeros)
+    encoded = np.stack([processors.encode_state(row) for row in state])
+    return encoded, flat.reshape(actions.shape)

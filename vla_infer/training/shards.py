@@ -1,0 +1,111 @@
+"""Demonstrations on disk: shards of observations with the chunk of actions that followed each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vla_infer.errors import TrainingError
+
+_RECIPE = "recipe.json"
+#: name -> dtype and shape of one observation's row; pictures are in a file of their own.
+_ROWS: Mapping[str, str] = {
+    "state": "float32 (state,), in the policy's units",
+    "actions": "float32 (horizon, action), in the policy's units, from the observation's instant on",
+    "valid": "bool (horizon,): rows that the expert had decided when nothing disturbed it",
+    "goal": "float32 (3,): the cube of the instruction, m",
+    "kind": "int8: index into KINDS",
+    "colour": "int8: index into COLOURS",
+    "episode": "int64: seed of the scene",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the demonstrations depend on.
+
+    image: side of the pictures; horizon: rows of a chunk; kinds: of task; seed: the first scene's, the others
+    follow; stride: policy steps from one observation to the next; bursts: of disturbance a second; cameras: features.
+    """
+
+    image: int
+    horizon: int
+    kinds: tuple[str, ...]
+    cameras: tuple[str, ...]
+    seed: int = 0
+    stride: int = 2
+    bursts: float = 0.7
+
+    def document(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "kinds": list(self.kinds), "cameras": list(self.cameras)}
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """N observations: frames uint8 (N, cameras, H, W, 3), and `_ROWS` by name, each (N, ...)."""
+
+    recipe: Recipe
+    frames: list[npt.NDArray[np.uint8]]  # by shard, in the rows' order
+    rows: Mapping[str, npt.NDArray[Any]]
+    shards: int
+
+    def __len__(self) -> int:
+        return len(self.rows["state"])
+
+
+def prepare(folder: Path, recipe: Recipe) -> None:
+    """Make the folder of a recipe's shards. Raises TrainingError where it holds those of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _RECIPE
+    if path.exists() and read_recipe(folder) != recipe:
+        raise TrainingError(f"{path}: holds demonstrations of another recipe: name another folder")
+    path.write_text(json.dumps(recipe.document(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a folder. Raises TrainingError where there is none."""
+    path = folder / _RECIPE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Recipe(**values | {"kinds": tuple(values["kinds"]), "cameras": tuple(values["cameras"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TrainingError(f"{path}: no recipe of demonstrations ({error}); make them first") from None
+
+
+def rows_path(folder: Path, shard: int) -> Path:
+    """The file whose presence says that a shard is complete."""
+    return folder / f"{shard:05d}.npz"
+
+
+def write_shard(
+    folder: Path, shard: int, frames: npt.NDArray[np.uint8], rows: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Write one shard; it counts once its rows are there, which come last."""
+    path = rows_path(folder, shard)
+    np.save(path.with_suffix(".npy"), frames)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.savez(file, **{name: rows[name] for name in _ROWS})
+    os.replace(part, path)
+
+
+def load_demonstrations(folder: Path) -> Demonstrations:
+    """Every complete shard of a folder, pictures memory-mapped. Raises TrainingError where there is none."""
+    recipe = read_recipe(folder)
+    frames, rows = [], []
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as file:
+            rows.append({name: file[name] for name in _ROWS})
+        frames.append(np.load(path.with_suffix(".npy"), mmap_mode="r"))
+    if not rows:
+        raise TrainingError(f"{folder}: no complete shard; make demonstrations first")
+    joined = {name: np.concatenate([part[name] for part in rows]) for name in _ROWS}
+    return Demonstrations(recipe, frames, joined, len(frames))
