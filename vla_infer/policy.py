@@ -17,12 +17,14 @@ from vla_infer.engine import Engine, Program
 from vla_infer.errors import CheckpointError, EngineError, ObservationError
 from vla_infer.models import FAMILIES
 from vla_infer.processors import build_processors
+from vla_infer.reference_engine import ReferenceEngine, ReferenceProgram
 from vla_infer.rtc import Rtc, tape_inputs
 from vla_infer.safetensors_io import to_float32
 from vla_infer.tape import Tape
 from vla_infer.tensor_names import unknown_tensors
 
 Image = npt.NDArray[np.uint8]
+AnyProgram = Program | ReferenceProgram
 
 # Prompt lengths that programs are made for: the shortest that holds the prompt runs, never the tokenizer's maximum
 # by default. Steps of a third keep what is wasted on padding under a quarter.
@@ -87,10 +89,13 @@ class Policy:
         tapes = [model.record(self._sizes, prompt=b, frame_bytes=frame_bytes) for b in buckets]
         check_weights(ckpt, tapes[0])
 
-        self._engine: Engine | None = Engine(
-            tapes, weight_reader(ckpt), device=device, precision=precision, threads=threads
-        )
-        self._programs = list(zip(buckets, self._engine.programs, strict=True))
+        read = weight_reader(ckpt)
+        self._engine: Engine | ReferenceEngine | None
+        if device.partition(":")[0] == "reference":
+            self._engine = ReferenceEngine(tapes, read, device=device, precision=precision)
+        else:
+            self._engine = Engine(tapes, read, device=device, precision=precision, threads=threads)
+        self._programs: list[tuple[int, AnyProgram]] = list(zip(buckets, self._engine.programs, strict=True))
         self._lock = threading.Lock()
         self._generator = np.random.default_rng(0)
         self._timing = Timing(0.0, 0.0, 0.0)
@@ -177,7 +182,7 @@ class Policy:
             self._engine = None
 
     # ----------------------------------------------------------------- inputs
-    def _program(self, tokens: int) -> tuple[int, Program]:
+    def _program(self, tokens: int) -> tuple[int, AnyProgram]:
         for bucket, program in self._programs:
             if tokens <= bucket:
                 return bucket, program
@@ -185,7 +190,7 @@ class Policy:
 
     def _fill(
         self,
-        program: tuple[int, Program],
+        program: tuple[int, AnyProgram],
         images: Mapping[str, Image],
         state: npt.NDArray[np.float32],
         tokens: npt.NDArray[np.int32],
@@ -215,7 +220,7 @@ class Policy:
         for name, values in index.items():
             inputs[name][...] = values
 
-    def _fill_noise(self, program: tuple[int, Program], noise: npt.NDArray[np.float32] | None) -> None:
+    def _fill_noise(self, program: tuple[int, AnyProgram], noise: npt.NDArray[np.float32] | None) -> None:
         target = program[1].inputs["actions"]
         if noise is None:
             target[...] = self._generator.standard_normal(target.shape, np.float32)
@@ -225,7 +230,7 @@ class Policy:
         target[...] = noise
 
     def _fill_rtc(
-        self, program: tuple[int, Program], rtc: Rtc | None, state: npt.NDArray[np.float32]
+        self, program: tuple[int, AnyProgram], rtc: Rtc | None, state: npt.NDArray[np.float32]
     ) -> None:
         inputs = program[1].inputs
         if rtc is None:
@@ -318,7 +323,7 @@ def load_policy(
     """Load a LeRobot policy directory (or a hub id that is in the local cache) and make it ready to run.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "reference" (PyTorch, operation by operation: slow, to compare by).
         precision: "fp32" or "bf16".
         num_steps: denoising steps; None takes what the checkpoint says.
         threads: of the CPU engine, None for one a processor.

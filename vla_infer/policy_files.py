@@ -14,6 +14,7 @@ from vla_infer.random_weights import Sizes
 from vla_infer.safetensors_io import save_tensors
 
 STATE_DIM = 6
+EPS = 1e-8  # of normalisation
 Statistics = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -71,7 +72,7 @@ def write_processors(root: Path, config: Mapping[str, Any], stats: Statistics) -
     """
     family = config["type"]
     normalizer = {
-        "eps": 1e-8,
+        "eps": EPS,
         "features": {**config["input_features"], **config["output_features"]},
         "norm_map": config["normalization_mapping"],
     }

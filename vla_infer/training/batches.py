@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vla_infer.errors import TrainingError
+from vla_infer.normalize import make_normalizer
+from vla_infer.policy_config import ACTION, STATE
+from vla_infer.policy_files import EPS
 from vla_infer.processors import Processors
 from vla_infer.sim.tasks import COLOURS, KINDS, phrases
 
 from .objective import PLACES, Batch
-from .shards import Demonstrations
+from .shards import Demonstrations, statistics
 
 _STRANGE = 0.05  # of the tokens become another one, so that an unknown word does not decide what is done
 _BRIGHTNESS, _CONTRAST, _TINT = 0.15, 0.15, 0.05
 _PIXELS_NOISE = 3.0  # of 255, standard deviation
-_STATE_NOISE = 0.05  # of a standard deviation: what the encoders of a real arm do, and against copying the state
+_STATE_NOISE = (
+    0.05  # of a standard deviation: what the encoders of a real arm do, and against copying the state
+)
 
 
 class Batches:
     """All of the demonstrations in the device's memory. Pictures stay uint8: N x cameras x H x W x 3 bytes."""
 
     def __init__(
-        self, demonstrations: Demonstrations, processors: Processors, *, vocabulary: int, device: str, seed: int
+        self,
+        demonstrations: Demonstrations,
+        processors: Processors,
+        *,
+        vocabulary: int,
+        device: str,
+        seed: int,
     ) -> None:
         rows = demonstrations.rows
         self.generator = torch.Generator(device).manual_seed(seed)
         self._device, self._vocabulary = device, vocabulary
         self._frames = _on_device(demonstrations.frames, device)
-        state, actions = _normalised(processors, rows["state"], rows["actions"])
-        self._state = torch.from_numpy(state).to(device)
-        self._actions = torch.from_numpy(actions).to(device)
+        stats = statistics(demonstrations)
+
+        def normalised(values: npt.NDArray[np.float32], feature: str) -> Tensor:
+            normalizer = make_normalizer(
+                "MEAN_STD", feature, values.shape[-1], stats, eps=EPS, where="training"
+            )
+            return torch.from_numpy(normalizer.normalize(values)).to(device)
+
+        self._state = normalised(rows["state"], STATE)
+        self._actions = normalised(rows["actions"], ACTION)
         self._valid = torch.from_numpy(rows["valid"]).to(device)
         self._goal = torch.from_numpy(rows["goal"]).to(device)
         self._say(processors, rows["kind"], rows["colour"])
@@ -41,8 +61,8 @@ class Batches:
     def _say(
         self,
         processors: Processors,
-        kinds: np.ndarray[tuple[int], np.dtype[np.int8]],
-        colours: np.ndarray[tuple[int], np.dtype[np.int8]],
+        kinds: npt.NDArray[np.int8],
+        colours: npt.NDArray[np.int8],
     ) -> None:
         """Tables of token sequences: (kinds * colours, phrases, PLACES), their lengths, and how many each has."""
         spoken = [
@@ -55,6 +75,8 @@ class Batches:
         lengths = np.zeros((len(spoken), most), np.int64)
         for i, said in enumerate(spoken):
             for j, ids in enumerate(said):
+                if len(ids) > PLACES:
+                    raise TrainingError(f"an instruction has {len(ids)} tokens, expected at most {PLACES}")
                 tokens[i, j, : len(ids)] = ids
                 lengths[i, j] = len(ids)
         self._tokens = torch.from_numpy(tokens).to(self._device)
@@ -102,7 +124,7 @@ class Batches:
         return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def _on_device(shards: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]], device: str) -> Tensor:
+def _on_device(shards: list[npt.NDArray[np.uint8]], device: str) -> Tensor:
     """One tensor of all shards, filled shard by shard, so that host memory holds one."""
     count = sum(len(shard) for shard in shards)
     result = torch.empty((count, *shards[0].shape[1:]), dtype=torch.uint8, device=device)
@@ -111,14 +133,3 @@ def _on_device(shards: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]], de
         result[start : start + len(shard)] = torch.from_numpy(np.array(shard))
         start += len(shard)
     return result
-
-
-def _normalised(
-    processors: Processors, state: np.ndarray, actions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """States (N, S) and chunks (N, H, A) as the model takes them, by the policy's own processors."""
-    zeros = np.zeros(processors.state_dim, np.float32)
-    count, horizon, _ = actions.shape
-    flat = processors.normalize_actions(actions.reshape(count * horizon, -1), zeros)
-    encoded = np.stack([processors.encode_state(row) for row in state])
-    return encoded, flat.reshape(actions.shape)

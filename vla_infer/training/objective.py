@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over a batch: `flow` of the velocity's squared error, `goal` of the auxiliary one, and what is minimised."""
+    """Means over a batch. flow: of the velocity's squared error; goal: the auxiliary one; total: what is minimised."""
 
     total: Tensor
     flow: Tensor
@@ -133,8 +133,9 @@ class Objective:
         }
         outputs = executor.forward(inputs)
         velocity = (padded - outputs["actions"])[..., : actions.shape[-1]]
-        seen = outputs["prefix_values"][:, -1].float()  # at the state, which sees images and instruction
-        return velocity, seen @ parameters[GOAL + "weight"].T + parameters[GOAL + "bias"]
+        weight = parameters[GOAL + "weight"]
+        seen = outputs["prefix_values"][:, -1].to(weight.dtype)  # at the state, which sees all of the prefix
+        return velocity, seen @ weight.T + parameters[GOAL + "bias"]
 
 
 def training_tape(sizes: smolvla.Sizes) -> Tape:
@@ -158,7 +159,11 @@ def initial_parameters(
     used = {w.name for op in tape.ops for w in op.weights}
     used |= {b.name for b in tape.buffers if b.kind == "param"}
     generator = torch.Generator().manual_seed(seed)
-    depth = {"vision_model": sizes.vision.layers, "text_model": sizes.text.layers, "expert": sizes.expert.layers}
+    depth = {
+        "vision_model": sizes.vision.layers,
+        "text_model": sizes.text.layers,
+        "expert": sizes.expert.layers,
+    }
     result: dict[str, Tensor] = {}
     for name, shape in sorted(shapes.items()):
         if name not in used:

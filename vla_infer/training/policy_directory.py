@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from vla_infer.checkpoint import WEIGHTS, Checkpoint, assemble_checkpoint
+from vla_infer.policy_config import IMAGE_PREFIX
 from vla_infer.policy_files import policy_config, write_json, write_processors
 from vla_infer.processors import Processors, build_processors
 from vla_infer.random_weights import tensor_shapes
@@ -18,11 +17,10 @@ from vla_infer.safetensors_io import TensorInfo, to_bfloat16_bits, write_safeten
 
 from .objective import GOAL
 from .presets import Preset
-from .shards import Demonstrations
+from .shards import Demonstrations, statistics
 from .vocabulary import train_tokenizer
 
 _LONGEST = 32  # tokens of an instruction
-_LEAST_SPREAD = 0.5  # policy units: a joint that hardly moves is not blown up to order one
 
 
 def write_small_files(
@@ -31,15 +29,14 @@ def write_small_files(
     """Write everything but the weights; returns a checkpoint without them, and its processors."""
     recipe = demonstrations.recipe
     image = {"type": "VISUAL", "shape": [3, recipe.image, recipe.image]}
-    config = policy_config("smolvla", preset.sizes, recipe.cameras)
+    names = tuple(camera.removeprefix(IMAGE_PREFIX) for camera in recipe.cameras)
+    config = policy_config("smolvla", preset.sizes, names)
     config |= {"num_steps": preset.denoising, "tokenizer_max_length": _LONGEST, "vlm_model_name": preset.name}
     config["input_features"] |= dict.fromkeys(recipe.cameras, image)
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / "config.json", config)
     write_processors(root, config, statistics(demonstrations))
-    train_tokenizer(
-        root / "tokenizer", [text + "\n" for text in instructions], size=preset.sizes.vocabulary
-    )
+    train_tokenizer(root / "tokenizer", [text + "\n" for text in instructions], size=preset.sizes.vocabulary)
     shapes = tensor_shapes("smolvla", preset.sizes)
     tensors = {
         name: TensorInfo(name, "BF16", shape, root / WEIGHTS, 0, 2 * math.prod(shape), (0, 0))
@@ -63,19 +60,3 @@ def write_weights(root: Path, parameters: Mapping[str, Tensor]) -> int:
     layout = {name: ("BF16", array.shape) for name, array in values.items()}
     write_safetensors(root / WEIGHTS, layout, values.values(), {"format": "pt"})
     return (root / WEIGHTS).stat().st_size
-
-
-def statistics(demonstrations: Demonstrations) -> dict[str, npt.NDArray[np.float32]]:
-    """Mean, deviation and range of states and of valid action rows, by LeRobot's names."""
-    rows = demonstrations.rows
-    stats: dict[str, npt.NDArray[np.float32]] = {}
-    for key, values in (
-        ("observation.state", rows["state"]),
-        ("action", rows["actions"][rows["valid"]]),
-    ):
-        wide = values.astype(np.float64)
-        found = {"mean": wide.mean(0), "std": np.maximum(wide.std(0), _LEAST_SPREAD)}
-        found |= {"min": wide.min(0), "max": wide.max(0)}
-        found |= {f"q{p:02d}": np.quantile(wide, p / 100, axis=0) for p in (1, 10, 90, 99)}
-        stats |= {f"{key}.{name}": value.astype(np.float32) for name, value in found.items()}
-    return stats

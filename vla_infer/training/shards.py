@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_infer.errors import TrainingError
+from vla_infer.policy_config import ACTION, STATE
 
 _RECIPE = "recipe.json"
+_LEAST_SPREAD = 0.5  # policy units: a joint that hardly moves is not blown up to order one
 #: name -> dtype and shape of one observation's row; pictures are in a file of their own.
 _ROWS: Mapping[str, str] = {
     "state": "float32 (state,), in the policy's units",
@@ -93,7 +95,7 @@ def write_shard(
     np.save(path.with_suffix(".npy"), frames)
     part = path.with_suffix(".part")
     with part.open("wb") as file:
-        np.savez(file, **{name: rows[name] for name in _ROWS})
+        np.savez(file, allow_pickle=False, **{name: rows[name] for name in _ROWS})
     os.replace(part, path)
 
 
@@ -109,3 +111,19 @@ def load_demonstrations(folder: Path) -> Demonstrations:
         raise TrainingError(f"{folder}: no complete shard; make demonstrations first")
     joined = {name: np.concatenate([part[name] for part in rows]) for name in _ROWS}
     return Demonstrations(recipe, frames, joined, len(frames))
+
+
+def statistics(demonstrations: Demonstrations) -> dict[str, npt.NDArray[np.float32]]:
+    """Mean, deviation and range of states and of valid action rows, by LeRobot's names."""
+    rows = demonstrations.rows
+    stats: dict[str, npt.NDArray[np.float32]] = {}
+    for key, values in (
+        (STATE, rows["state"]),
+        (ACTION, rows["actions"][rows["valid"]]),
+    ):
+        wide = values.astype(np.float64)
+        found = {"mean": wide.mean(0), "std": np.maximum(wide.std(0), _LEAST_SPREAD)}
+        found |= {"min": wide.min(0), "max": wide.max(0)}
+        found |= {f"q{p:02d}": np.quantile(wide, p / 100, axis=0) for p in (1, 10, 90, 99)}
+        stats |= {f"{key}.{name}": value.astype(np.float32) for name, value in found.items()}
+    return stats

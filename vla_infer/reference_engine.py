@@ -1,0 +1,59 @@
+"""The reference executor in the engine's place, so that a policy can run on it: slow, to compare whole episodes by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from vla_infer.errors import EngineError
+from vla_infer.tape import Tape
+
+if TYPE_CHECKING:
+    from vla_infer.reference import ReferenceExecutor
+
+Array = npt.NDArray[np.generic]
+
+
+class ReferenceProgram:
+    """One tape with inputs to fill, as `engine.Program`."""
+
+    def __init__(self, executor: ReferenceExecutor, tape: Tape) -> None:
+        self._executor = executor
+        dtypes = {"f32": np.float32, "act": np.float32, "i32": np.int32, "u8": np.uint8}
+        self.inputs = {name: np.zeros((t.rows, t.cols), dtypes[t.dtype]) for name, t in tape.inputs.items()}
+        self._results: dict[str, Array] = {}
+
+    def use(self, name: str, size: int) -> None:
+        """Nothing to gain here from smaller pictures."""
+
+    def run(self, times: int = 1) -> None:
+        """Inputs to outputs."""
+        for _ in range(times):
+            self._results = self._executor.run(self.inputs)
+
+    def result(self, name: str) -> npt.NDArray[np.float32]:
+        """A copy of an output as float32."""
+        return np.array(self._results[name], np.float32)
+
+
+class ReferenceEngine:
+    """As `engine.Engine`. device: "reference", or "reference:cuda" to run it there."""
+
+    weight_bytes = 0
+    arena_bytes = 0
+
+    def __init__(
+        self, tapes: Sequence[Tape], read: Callable[[str], Array], *, device: str, precision: str
+    ) -> None:
+        try:
+            from vla_infer.reference import ReferenceExecutor
+        except ModuleNotFoundError as error:
+            raise EngineError(f"device reference: needs {error.name}; pip install torch") from None
+        place = device.partition(":")[2] or "cpu"
+        self.device_name = f"reference ({place})"
+        self.programs = [
+            ReferenceProgram(ReferenceExecutor(tape, read, precision, device=place), tape) for tape in tapes
+        ]
