@@ -59,11 +59,13 @@ def demonstrations(count: int = 24) -> Demonstrations:
     rng = np.random.default_rng(3)
     colour = rng.integers(0, len(COLOURS), count).astype(np.int8)
     state = rng.normal(0, 20, (count, 6)).astype(np.float32)
+    cubes = rng.uniform(-0.2, 0.2, (count, len(COLOURS), 3)).astype(np.float32)
+    cubes[np.arange(count), (colour + 1) % len(COLOURS)] = np.nan
     rows = {
         "state": state,
         "actions": np.repeat(state[:, None] + 10 * colour[:, None, None], 4, 1).astype(np.float32),
         "valid": np.arange(4) < rng.integers(2, 5, (count, 1)),
-        "goal": rng.uniform(-0.2, 0.2, (count, 3)).astype(np.float32),
+        "cubes": cubes,
         "kind": np.zeros(count, np.int8),
         "colour": colour,
         "episode": np.arange(count),

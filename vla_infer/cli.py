@@ -17,6 +17,7 @@ VERBS = {
     "verify": "compare the engine with a policy's golden values, stage by stage",
     "bench": "time inference on this machine",
     "replay": "run a recording through a policy: how late, how right, and whether it got worse",
+    "evaluate": "how often a policy does what it is told, on the simulated arm",
     "import-lerobot": "make a recording of a LeRobot dataset, to replay it",
 }
 

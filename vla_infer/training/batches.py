@@ -17,6 +17,9 @@ from vla_infer.sim.tasks import COLOURS, KINDS, phrases
 from .objective import PLACES, Batch
 from .shards import Demonstrations, statistics
 
+# Of the observations are asked for a random cube of the scene. Where that is not the one that was gone to, only its
+# place is learnt: the arm's own pose then says nothing, and the words have to be understood.
+_ASKED_OTHERWISE = 0.3
 _STRANGE = 0.05  # of the tokens become another one, so that an unknown word does not decide what is done
 _BRIGHTNESS, _CONTRAST, _TINT = 0.15, 0.15, 0.05
 _PIXELS_NOISE = 3.0  # of 255, standard deviation
@@ -52,18 +55,15 @@ class Batches:
         self._state = normalised(rows["state"], STATE)
         self._actions = normalised(rows["actions"], ACTION)
         self._valid = torch.from_numpy(rows["valid"]).to(device)
-        self._goal = torch.from_numpy(rows["goal"]).to(device)
-        self._say(processors, rows["kind"], rows["colour"])
+        self._cubes = torch.from_numpy(rows["cubes"]).to(device)
+        self._kind = torch.from_numpy(rows["kind"].astype(np.int64)).to(device)
+        self._colour = torch.from_numpy(rows["colour"].astype(np.int64)).to(device)
+        self._say(processors)
 
     def __len__(self) -> int:
         return len(self._state)
 
-    def _say(
-        self,
-        processors: Processors,
-        kinds: npt.NDArray[np.int8],
-        colours: npt.NDArray[np.int8],
-    ) -> None:
+    def _say(self, processors: Processors) -> None:
         """Tables of token sequences: (kinds * colours, phrases, PLACES), their lengths, and how many each has."""
         spoken = [
             [processors.encode(np.zeros(processors.state_dim), text).tokens for text in phrases(kind, colour)]
@@ -82,8 +82,6 @@ class Batches:
         self._tokens = torch.from_numpy(tokens).to(self._device)
         self._lengths = torch.from_numpy(lengths).to(self._device)
         self._counts = torch.tensor([len(said) for said in spoken], device=self._device)
-        meaning = kinds.astype(np.int64) * len(COLOURS) + colours
-        self._meaning = torch.from_numpy(meaning).to(self._device)
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=self._device)
@@ -94,7 +92,11 @@ class Batches:
     def draw(self, size: int) -> Batch:
         """`size` observations, drawn with replacement."""
         chosen = (self._uniform(size) * len(self)).long()
-        meaning = self._meaning[chosen]
+        cubes, done = self._cubes[chosen], self._colour[chosen]
+        there = ~cubes[..., 0].isnan()
+        any_there = (self._uniform(*there.shape) * there).argmax(-1)
+        asked = torch.where(self._uniform(size) < _ASKED_OTHERWISE, any_there, done)
+        meaning = self._kind[chosen] * len(COLOURS) + asked
         wording = (self._uniform(size) * self._counts[meaning]).long()
         tokens, lengths = self._tokens[meaning, wording], self._lengths[meaning, wording]
         strange = self._uniform(size, PLACES) < _STRANGE
@@ -107,8 +109,8 @@ class Batches:
             tokens=torch.where(strange & inside, other, tokens),
             lengths=lengths,
             actions=self._actions[chosen],
-            valid=self._valid[chosen],
-            goal=self._goal[chosen],
+            valid=self._valid[chosen] & (asked == done)[:, None],
+            goal=cubes[torch.arange(size, device=self._device), asked],
         )
 
     def _in_another_light(self, frames: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def record_episode(
     expert, disturbance = Expert(world, task, rng), _Disturbance(rng, recipe.bursts)
     targets: list[FloatArray] = []
     disturbed: list[bool] = []
-    seen: list[tuple[int, FloatArray, FloatArray]] = []  # step, joints, goal
+    seen: list[tuple[int, FloatArray, FloatArray]] = []  # step, joints, cubes
     pictures = []
     offset = int(rng.integers(recipe.stride))
     while not expert.done:
@@ -80,10 +80,10 @@ def record_episode(
         if push is None and len(targets) % recipe.stride == offset:
             images = world.images()
             pictures.append(np.stack([images[camera] for camera in recipe.cameras]))
-            seen.append((len(targets), world.joints()[0], world.cube(task.colour)))
+            seen.append((len(targets), world.joints()[0], _cubes(world)))
         targets.append(target)
         disturbed.append(push is not None)
-        world.command(target if push is None else world.goal + push / RATE)
+        world.command(target if push is None else world.commanded + push / RATE)
         world.advance(1.0 / RATE)
     if not seen or not world.succeeded(task):
         return None
@@ -99,11 +99,17 @@ def record_episode(
         "state": source.units.to_policy(np.array([joints for _, joints, _ in seen])).astype(np.float32),
         "actions": actions[ahead],
         "valid": inside & undisturbed,
-        "goal": np.array([goal for _, _, goal in seen], np.float32),
+        "cubes": np.array([cubes for _, _, cubes in seen], np.float32),
         "kind": np.full(count, KINDS.index(task.kind), np.int8),
         "colour": np.full(count, COLOURS.index(task.colour), np.int8),
         "episode": np.full(count, seed, np.int64),
     }
+
+
+def _cubes(world: World) -> FloatArray:
+    """Where each cube is (colours, 3) in m, NaN where the scene has none of that colour."""
+    there = world.scene.cubes if world.scene else {}
+    return np.array([world.cube(colour) if colour in there else np.full(3, np.nan) for colour in COLOURS])
 
 
 def _make_shard(folder: Path, recipe: Recipe, shard: int) -> Progress:

@@ -35,9 +35,9 @@ PRESETS: Mapping[str, Preset] = {
         ),
         _preset(
             "tiny",
-            Vision(hidden=128, layers=2, heads=2, mlp=256, patch=8, image=64),
-            Decoder(width=128, depth=4, mlp=256, heads=2, kv_heads=1, head_dim=64),
-            Decoder(width=128, depth=4, mlp=256, heads=2, kv_heads=1, head_dim=64),
+            Vision(hidden=64, layers=2, heads=1, mlp=128, patch=8, image=64),
+            Decoder(width=64, depth=4, mlp=128, heads=2, kv_heads=2, head_dim=64),
+            Decoder(width=64, depth=4, mlp=128, heads=2, kv_heads=2, head_dim=64),
             horizon=20,
         ),
     )

@@ -23,7 +23,7 @@ _ROWS: Mapping[str, str] = {
     "state": "float32 (state,), in the policy's units",
     "actions": "float32 (horizon, action), in the policy's units, from the observation's instant on",
     "valid": "bool (horizon,): rows that the expert had decided when nothing disturbed it",
-    "goal": "float32 (3,): the cube of the instruction, m",
+    "cubes": "float32 (colours, 3): where each cube is, m; NaN where there is none of the colour",
     "kind": "int8: index into KINDS",
     "colour": "int8: index into COLOURS",
     "episode": "int64: seed of the scene",
