@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vla_infer.policy import load_policy  # noqa: E402
 from vla_infer.random_weights import Decoder, Sizes, Vision  # noqa: E402
 from vla_infer.reference import ReferenceExecutor  # noqa: E402
 from vla_infer.sim.tasks import COLOURS, KINDS, phrases  # noqa: E402
+from vla_infer.training.__main__ import main as training  # noqa: E402
 from vla_infer.training.batches import Batches  # noqa: E402
 from vla_infer.training.loop import Plan, Trainer  # noqa: E402
 from vla_infer.training.objective import (  # noqa: E402
@@ -266,10 +268,48 @@ def test_shards_come_back_and_belong_to_one_recipe(tmp_path: Path) -> None:
     (tmp_path / "00002.npy").write_bytes(b"a shard that was cut short has no rows")
     back = load_demonstrations(tmp_path)
     assert back.recipe == data.recipe
-    assert all(np.array_equal(back.rows[name], data.rows[name]) for name in data.rows)
+    assert all(np.array_equal(back.rows[name], data.rows[name], equal_nan=True) for name in data.rows)
     assert np.array_equal(np.concatenate(back.frames), np.concatenate(data.frames))
     with pytest.raises(TrainingError, match="another recipe"):
         prepare(tmp_path, replace(data.recipe, stride=3))
+
+
+def test_model_card_states_what_was_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = tmp_path / "grasper"
+    policy.mkdir()
+    assert training(["card", str(policy)]) == 1
+    assert "training.json" in capsys.readouterr().err
+    plan = {"batch": 8, "draws": 4, "seed": 7, "rate": 0.001, "warmup": 5}
+    made = {
+        "preset": asdict(MICRO),
+        "parameters": 1_234_567,
+        "weight_bytes": 2_500_000,
+        "demonstrations": {"episodes": 11, "observations": 222, "kinds": ["touch"], "seed": 3},
+        "plan": plan,
+        "precision": "bf16",
+        "steps": 40,
+        "finished": False,
+        "seconds": 90.0,
+        "device": "a processor",
+        "torch": "2",
+        "history": [{"flow": 0.5, "goal": 0.25}],
+    }
+    (policy / "training.json").write_text(json.dumps(made))
+    rate = {"rate": 0.9, "low": 0.8, "high": 0.95, "of": 50}
+    how = {"device": "cpu", "precision": "fp32", "scheduler": None, "policy": "x"}
+    how |= {"inference": 0.04, "latency": 0.1, "wrong_instruction": True}
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"options": how, "by_kind": {"touch": rate}, "success": rate}))
+    assert training(["card", str(policy), str(result)]) == 0
+    card = capsys.readouterr().out
+    for part in (
+        "1.23 million, 2.5 MB",
+        "11 episodes, 222",
+        "40 steps of 8 x 4 draws (stopped",
+        "1.5 minutes",
+    ):
+        assert part in card
+    assert "| another cube's | contract | 140 ms | touch | 90.0 % | 80.0 to 95.0 % | 50 |" in card
 
 
 def test_every_instruction_fits_the_training_prompt(setup: Setup) -> None:

@@ -1,9 +1,10 @@
 """Make demonstrations, and train a policy on them.
 
     python -m vla_infer.training demonstrate DATA --episodes 6000
-    python -m vla_infer.training train DATA POLICY --steps 20000 --minutes 12
+    python -m vla_infer.training train DATA POLICY --minutes 12
+    python -m vla_infer.training card POLICY RESULTS.json
 
-Either stops by itself after --call-minutes and goes on where it was when it is called again.
+The first two stop by themselves after --call-minutes and go on where they were when they are called again.
 """
 
 from __future__ import annotations
@@ -62,12 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--minutes", type=float, default=math.inf, help="of training, all calls together, at most"
     )
-    train.add_argument("--batch", type=int, default=512)
+    train.add_argument("--batch", type=int, default=256)
     train.add_argument("--draws", type=int, default=4, help="times and noises for each observation")
     train.add_argument("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu", help="as torch names it: cpu, cuda (default: cpu)")
     train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    card = verbs.add_parser("card", help="print a model card")
+    card.set_defaults(run=_card)
+    card.add_argument("policy", type=Path)
+    card.add_argument("evaluations", nargs="*", type=Path, help="what vla-infer evaluate --json wrote")
     for verb in (demonstrate, train):
         verb.add_argument("--call-minutes", type=float, default=math.inf, help="of this call, at most")
     return parser
@@ -154,6 +159,13 @@ def _train(options: argparse.Namespace) -> int:
     size = _save(options.policy, trainer, demonstrations, options)
     print(f"{options.policy}: {size / 1e6:.1f} MB after {trainer.step} steps", flush=True)
     return 0 if trainer.done else 3
+
+
+def _card(options: argparse.Namespace) -> int:
+    from .card import model_card
+
+    print(model_card(options.policy, options.evaluations), end="")
+    return 0
 
 
 def _check(image: int, horizon: int, recipe: Recipe) -> None:
