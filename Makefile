@@ -64,7 +64,7 @@ soak: build $(VENV)/.test
 	$(IN_VENV) python test/soak.py --minutes $(MINUTES) --policy $(POLICY)
 
 fuzz: build $(VENV)/.test
-	$(IN_VENV) python test/fuzz.py --cases $(CASES)
+	$(IN_VENV) python test/fuzz.py --cases $(CASES) --processes $$(nproc)
 
 # The plain build is from scratch and without CUDA; the one with links shares the objects of `make build`.
 colcon: build $(VENV)/.test

@@ -1,8 +1,9 @@
 """A deterministic fuzzer of everything that reads what others wrote: checkpoints, messages, contracts, URDFs.
 
-    python test/fuzz.py --cases 1000000            all targets in turn
+    python test/fuzz.py --cases 1000000 --processes 2       all targets in turn
     python test/fuzz.py --target checkpoint --seed 7 --cases 10000
     python test/fuzz.py --target checkpoint --seed 7 --first 4711 --cases 1     one case again
+    python test/fuzz_coverage.py checkpoint        guided by coverage, with atheris (`pip install atheris`)
 
 Case i of a seed is always the same. Only the package's own errors may come out, with one line of text, and
 no case may allocate more than a few MiB: a checkpoint is refused before anything of its weights' size.
@@ -11,9 +12,9 @@ no case may allocate more than a few MiB: a checkpoint is refused before anythin
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
+import pickle
 import random
 import shutil
 import struct
@@ -23,6 +24,10 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace as Record
 from typing import Any
@@ -42,6 +47,7 @@ from vla_infer.processors import build_processors
 from vla_infer.urdf import parse_urdf_limits
 
 HERE = Path(__file__).resolve().parent
+_AT_ONCE = 1_000  # cases that a process takes at a time
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", "x", "../../../etc/passwd", "/etc/passwd", "..", "a/../b", "nul\0", "\ud800", "<eos>", "x" * 100_000,
@@ -75,8 +81,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_tree(rng: random.Random, tree: Any) -> Any:
-    """A document with some of its values, keys and list entries changed."""
-    tree = copy.deepcopy(tree)
+    """A document with some of its values, keys and list entries changed, in place where it can be."""
     for _ in range(1 << rng.randrange(3)):
         node, place = _pick(rng, tree)
         if place is None:
@@ -87,11 +92,11 @@ def mutate_tree(rng: random.Random, tree: Any) -> Any:
         elif kind == 1 and isinstance(node, dict):
             node[rng.choice(["", "x", "../x", "__class__", str(place) * 2])] = node.pop(place)
         elif kind == 2 and isinstance(node, list):
-            node.insert(rng.randrange(len(node) + 1), copy.deepcopy(node[place]))
+            node.insert(rng.randrange(len(node) + 1), deepcopy(node[place]))
         elif kind == 3 and isinstance(node[place], (int, float)) and not isinstance(node[place], bool):
             node[place] = rng.choice([node[place] + 1, -node[place], node[place] * 1000, node[place] * 0.5])
         else:
-            node[place] = copy.deepcopy(rng.choice(ODD_VALUES))
+            node[place] = deepcopy(rng.choice(ODD_VALUES))
     return tree
 
 
@@ -112,29 +117,52 @@ def _pick(rng: random.Random, tree: Any) -> tuple[Any, Any]:
 
 # ------------------------------------------------------------------- targets
 class CheckpointTarget:
-    """One file of a policy's directory is changed; the weights' data are a hole of the right size."""
+    """One file of a policy's directory is changed. Weights are a hole of some size: no case reads them."""
 
-    #: Bytes that reading a directory may take at most; the smallest of the golden weights are 6 MB.
+    #: Bytes that reading a directory may take at most; the weights of most cases have 64 MiB.
     most = 6 << 20
+    #: A directory like the golden ones but of few tensors, which is read ten times as fast.
+    _FEW = 12
 
     def __init__(self) -> None:
         base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._folder = tempfile.TemporaryDirectory(dir=base, prefix="vla_infer_fuzz")
         self.root = Path(self._folder.name)
-        self._families = []
+        self._families: list[tuple[Path, dict[Path, tuple[bytes, int | None]]]] = []
         for name in ("smolvla", "pi0", "pi05"):
-            source, target = HERE / "golden" / name, self.root / name
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("golden.*"))
-            data = (target / "model.safetensors").read_bytes()
-            size = struct.unpack("<Q", data[:8])[0] + 8
-            self._write(target / "model.safetensors", data[:size], len(data))
-            files = {
-                file.relative_to(target): (file.read_bytes(), None)
-                for file in target.rglob("*.*")
-                if file.is_file()
-            }
-            files[Path("model.safetensors")] = (data[:size], len(data))  # type: ignore[assignment]
-            self._families.append((target, files))
+            data = (HERE / "golden" / name / "model.safetensors").read_bytes()
+            header = data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
+            self._add(name, header, len(data) - 8 - len(header))
+            self._add(f"few_{name}", *self._small(json.loads(header)))
+
+    def _small(self, header: dict[str, Any]) -> tuple[bytes, int]:
+        """A header with every so many of the tensors, the first of them so large that all have 64 MiB."""
+        names = [name for name in header if name != "__metadata__"]
+        kept, begin = {}, 0
+        for name in names[:: len(names) // self._FEW + 1]:
+            entry = header[name]
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            if not kept:
+                entry["shape"] = [(64 << 20) // size, *entry["shape"]]
+                size *= entry["shape"][0]
+            kept[name] = {**entry, "data_offsets": [begin, begin + size]}
+            begin += size
+        return json.dumps(kept).encode(), begin
+
+    def _add(self, name: str, header: bytes, size: int) -> None:
+        """A directory `name` with the golden files of its family and weights of `size` bytes."""
+        target = self.root / name
+        source = HERE / "golden" / name.removeprefix("few_")
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("golden.*", "model.*"))
+        files: dict[Path, tuple[bytes, int | None]] = {
+            file.relative_to(target): (file.read_bytes(), None)
+            for file in target.rglob("*.*")
+            if file.is_file()
+        }
+        head = struct.pack("<Q", len(header)) + header
+        files[Path("model.safetensors")] = (head, len(head) + size)
+        self._write(target / "model.safetensors", head, len(head) + size)
+        self._families.append((target, files))
 
     @staticmethod
     def _write(path: Path, data: bytes, size: int | None) -> None:
@@ -144,7 +172,8 @@ class CheckpointTarget:
                 file.truncate(max(size, 0))
 
     def __call__(self, rng: random.Random) -> None:
-        target, files = rng.choice(self._families)
+        # One case in ten is of a whole golden directory.
+        target, files = self._families[2 * rng.randrange(3) + (rng.random() < 0.9)]
         name = rng.choice(sorted(files))
         data, size = files[name]
         changed, changed_size = self._change(rng, name, data, size)
@@ -267,12 +296,12 @@ class ContractTarget:
     def __init__(self) -> None:
         files = sorted((HERE.parent / "config").glob("*.yaml"))
         self._texts = [file.read_bytes() for file in files]
-        self._trees = [yaml.safe_load(text) for text in self._texts]
+        self._trees = [pickle.dumps(yaml.safe_load(text)) for text in self._texts]
         self._folder = tempfile.TemporaryDirectory(prefix="vla_infer_fuzz")
 
     def __call__(self, rng: random.Random) -> None:
         if rng.random() < 0.8:
-            parse_contract(mutate_tree(rng, rng.choice(self._trees)), file="f.yaml")
+            parse_contract(mutate_tree(rng, pickle.loads(rng.choice(self._trees))), file="f.yaml")
             return
         path = Path(self._folder.name) / "f.yaml"
         path.write_bytes(mutate_bytes(rng, rng.choice(self._texts)))
@@ -297,6 +326,8 @@ class UrdfTarget:
         parse_urdf_limits(data, file="r.urdf")
 
 
+#: Of all cases, how many tenths go to each target: most of what comes from elsewhere are policies and messages.
+SHARES = {"checkpoint": 4, "message": 4, "contract": 1, "urdf": 1}
 TARGETS: dict[str, Callable[[], Any]] = {
     "checkpoint": CheckpointTarget,
     "message": MessageTarget,
@@ -342,20 +373,42 @@ def fuzz(name: str, *, seed: int, first: int, cases: int, memory_every: int = 10
     return found
 
 
+def _part(name: str, seed: int, first: int, cases: int) -> Counter[str]:
+    """`fuzz` in a process of its own, without what image libraries write to stderr."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    return fuzz(name, seed=seed, first=first, cases=cases)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
     parser.add_argument("--cases", type=int, default=10_000, help="of all targets together (default: 10000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: 0)")
+    parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
-    names = list(TARGETS) if args.target == "all" else [args.target]
-    for name in names:
-        began = time.monotonic()
-        cases = max(1, args.cases // len(names))
-        found = fuzz(name, seed=args.seed, first=args.first, cases=cases)
-        rate = cases / (time.monotonic() - began)
-        print(f"{name:<10}  {cases} cases, {rate:.0f} a second: {dict(found.most_common())}", flush=True)
+    total, tenths = 0, sum(SHARES.values())
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        for name in TARGETS if args.target == "all" else [args.target]:
+            began = time.monotonic()
+            cases = max(1, args.cases * SHARES[name] // tenths) if args.target == "all" else args.cases
+            parts = [
+                pool.submit(_part, name, args.seed, first, min(_AT_ONCE, args.first + cases - first))
+                for first in range(args.first, args.first + cases, _AT_ONCE)
+            ]
+            found: Counter[str] = Counter()
+            try:
+                for part in parts:
+                    found += part.result()
+            except (AssertionError, BrokenProcessPool) as error:  # broken: a process has crashed
+                pool.shutdown(cancel_futures=True)
+                print(f"FAIL  {name}, cases {args.first} to {args.first + cases - 1}: {error}")
+                return 1
+            total += cases
+            rate = cases / (time.monotonic() - began)
+            print(f"{name:<10}  {cases} cases, {rate:.0f} a second: {dict(found.most_common())}", flush=True)
+    print(f"{total} cases, no crash and no error but the package's own")
     return 0
 
 

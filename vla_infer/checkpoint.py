@@ -39,7 +39,7 @@ from vla_infer.safetensors_io import (
     SafetensorsFile,
     TensorInfo,
     open_safetensors,
-    read_prefix,
+    read_prefixes,
     read_tensor,
     to_float32,
 )
@@ -314,6 +314,7 @@ def _sample(files: list[SafetensorsFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.path.name} {file.size} {file.digest}\n".encode())
-        for name in sorted(file.tensors):
-            digest.update(read_prefix(file.tensors[name], _FINGERPRINT_BYTES))
+        tensors = (file.tensors[name] for name in sorted(file.tensors))
+        for start in read_prefixes(file.path, tensors, _FINGERPRINT_BYTES):
+            digest.update(start)
     return digest.hexdigest()

@@ -104,8 +104,8 @@ def load_json_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def _printable(text: str, limit: int = 120) -> str:
-    shown = "".join(char if char.isprintable() else "?" for char in text)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    shown = "".join(char if char.isprintable() else "?" for char in text[:limit])
+    return shown if len(text) <= limit else shown[: limit - 1] + "…"
 
 
 def show(value: object) -> str:

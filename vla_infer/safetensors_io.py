@@ -208,14 +208,15 @@ def read_tensor(info: TensorInfo) -> npt.NDArray[Any]:
     return array
 
 
-def read_prefix(info: TensorInfo, count: int) -> bytes:
-    """The first `count` bytes of a tensor, or all of a shorter one."""
+def read_prefixes(path: Path, tensors: Iterable[TensorInfo], count: int) -> Iterator[bytes]:
+    """The first `count` bytes of each tensor of one file, or all of a shorter one."""
     try:
-        with _open_regular(info.file) as file:
-            file.seek(info.offset)
-            return file.read(min(count, info.nbytes))
+        with _open_regular(path) as file:
+            for info in tensors:
+                file.seek(info.offset)
+                yield file.read(min(count, info.nbytes))
     except OSError as err:
-        raise CheckpointError(f"{info.file}: cannot be read ({err.strerror or err})") from None
+        raise CheckpointError(f"{path}: cannot be read ({err.strerror or err})") from None
 
 
 def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
