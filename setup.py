@@ -133,7 +133,7 @@ setup(
     zip_safe=False,
     entry_points={
         "console_scripts": [
-            "vla_node = vla_infer.node:main",
+            "vla_node = vla_infer.vla_node:main",
             "simulation = vla_infer.sim.node:main",
             "vla-infer = vla_infer.cli:main",
             "page = vla_infer.page.__main__:main",

@@ -58,7 +58,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         contract = patient_contract(Path(folder))
-        command = [sys.executable, "-m", "vla_infer.node", "--ros-args"]
+        command = [sys.executable, "-m", "vla_infer.vla_node", "--ros-args"]
         command += ["-p", f"policy:={args.policy}", "-p", f"contract:={contract}"]
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -1,13 +1,10 @@
-"""Policies with a known answer for the node's tests, and the node started with one as a program.
-
-The policy parameter names the behaviour: `python standin.py --ros-args -p policy:=slow -p contract:=so101`.
-"""
+"""Policies with a known answer for the node's tests; standin_node.py is the node with one as a program."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,13 +59,31 @@ class StandIn:
         self.closed = True
 
 
+class Busy(StandIn):
+    """As `plain`, but for `seconds` every inference keeps the engine and with it all processors busy."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("plain")
+        from vla_infer.policy import load_policy
+
+        self._seconds = seconds
+        self._engine = load_policy(str(Path(__file__).resolve().parent / "golden" / "smolvla"))
+
+    def predict(self, images: dict[str, np.ndarray], state: np.ndarray, task: str) -> np.ndarray:
+        end = time.monotonic() + self._seconds
+        while time.monotonic() < end:
+            self._engine.predict(images, state, task)
+        return super().predict(images, state, task)
+
+    def close(self) -> None:
+        super().close()
+        self._engine.close()
+
+
 def load(path: str, **options: Any) -> StandIn:
+    """The policy parameter names the behaviour; `busy 0.3` keeps all processors busy for that many seconds."""
     if path == "slow_load":
         time.sleep(30.0)
+    if path.startswith("busy "):
+        return Busy(float(path.split()[1]))
     return StandIn(path)
-
-
-if __name__ == "__main__":
-    from vla_infer.node import main
-
-    sys.exit(main(policy_loader=load))

@@ -27,8 +27,8 @@ HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden" / "smolvla"
 ARRAY = "std_msgs/msg/Float64MultiArray"
 DRY = "/forward_position_controller/commands_dry"
-STANDIN = [str(HERE / "standin.py")]
-NODE = ["-m", "vla_infer.node"]
+STANDIN = [str(HERE / "standin_node.py")]
+NODE = ["-m", "vla_infer.vla_node"]
 
 
 class Program:

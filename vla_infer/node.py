@@ -41,10 +41,11 @@ from .time_slice import ask_for_short_slice
 EXIT_STATUS = 3
 
 
-def _load_policy(path: str, **options: Any) -> Any:
-    from .policy import load_policy  # the engine is needed at configuration, not to import this module
+def load_policy(path: str, **options: Any) -> Any:
+    """vla_infer.load_policy."""
+    from . import policy  # the engine is needed at configuration, not to import this module
 
-    return load_policy(path, **options)
+    return policy.load_policy(path, **options)
 
 
 def _set_instruction(slot: InstructionSlot, text: str) -> None:
@@ -75,7 +76,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
     def __init__(
         self,
         *,
-        policy_loader: Callable[..., Any] = _load_policy,
+        policy_loader: Callable[..., Any] = load_policy,
         stop: threading.Event | None = None,
         observer: Observer | None = None,
         **options: Any,
@@ -286,7 +287,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
 def run(node: VlaNode, executor: Any) -> None:
     """Spin until `node.stop_requested`, with spin_once: spin() was seen not to return on shutdown."""
     executor.add_node(node)
-    if node.autostart:
+    if node.autostart and not node.stop_requested.is_set():
         node.start()
     while not node.stop_requested.is_set():
         node.spin_guarded(executor)
@@ -294,7 +295,7 @@ def run(node: VlaNode, executor: Any) -> None:
     executor.shutdown()
 
 
-def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any] = _load_policy) -> int:
+def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any] = load_policy) -> int:
     """Run the node until SIGINT, SIGTERM or a shutdown transition.
 
     Exit status 0; 1 if it cannot start; EXIT_STATUS when the failsafe gave the process up.

@@ -54,6 +54,6 @@ def ros_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    from vla_infer.node import main as node_main
+    from vla_infer.vla_node import main as node_main
 
     return int(node_main(ros_arguments(args)))
