@@ -25,6 +25,7 @@ NODE_PARAMETERS = (
     ("use_sim_time", "false", bool, "take the time from /clock"),
     ("autostart", "true", bool, "configure and activate at start"),
     ("dry_run", "true", bool, "publish on <topic>_dry, so that nothing moves; false arms the robot"),
+    ("realtime_priority", "0", int, "SCHED_FIFO priority of the control thread; 0: none"),
     ("preflight", "false", bool, "refuse activation while the preflight has a FAIL"),
 )
 # Launched from share/vla_infer/launch or from a checkout, config/ is beside launch/.

@@ -18,6 +18,7 @@ LAUNCH = ROOT / "launch" / "bringup.launch.py"
 ARGUMENTS = {
     "policy", "contract", "device", "precision", "control_rate", "namespace",
     "use_sim_time", "autostart", "log_level", "dry_run", "preflight", "respawn",
+    "realtime_priority",
 }  # fmt: skip
 
 

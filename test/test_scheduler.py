@@ -257,3 +257,11 @@ def test_counts() -> None:
     assert counts["a"] == 3
     assert counts["b"] == 0
     assert counts.snapshot() == {"a": 3}
+
+
+def test_a_first_tick_that_was_late_makes_no_other_early() -> None:
+    clock = TickClock(0.02)
+    assert clock.tick(1.012) == 0.0  # due at 1.0
+    late = [clock.tick(at) for at in (1.0200, 1.0405, 1.0600, 1.0830)]
+    np.testing.assert_allclose(late, [0.0, 0.0005, 0.0, 0.003], atol=1e-9)
+    assert clock.late == 1

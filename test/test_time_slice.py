@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -33,6 +34,31 @@ def test_short_in_one_thread_only_and_usual_again() -> None:
         pytest.skip("needs a kernel that grants time slices (Linux 6.12)")
     assert found == (time_slice.SHORT, time_slice.SHORT, (True, usual), True, usual)
     assert time_slice.time_slice() == usual
+
+
+def test_real_time_in_one_thread_only_and_usual_again() -> None:
+    def work() -> tuple[object, ...]:
+        refused = time_slice.ask_for_realtime(5)
+        if refused:
+            return (refused,)
+        mine = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+        child = in_thread(lambda: os.sched_getscheduler(0))
+        relieved = in_thread(lambda: (time_slice.ask_for_usual_slice(), os.sched_getscheduler(0))[1])
+        return mine, child, relieved, os.sched_getscheduler(0)
+
+    found = in_thread(work)
+    if len(found) == 1:  # type: ignore[arg-type]
+        pytest.skip(f"needs leave to use SCHED_FIFO ({found[0]})")  # type: ignore[index]
+    assert found == ((os.SCHED_FIFO, 5), os.SCHED_FIFO, os.SCHED_OTHER, os.SCHED_FIFO)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_real_time_priority_that_is_refused_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(time_slice.os, "sched_setscheduler", refuse)
+    assert time_slice.ask_for_realtime(5) == "Operation not permitted"
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from .node_parameters import NodeParameters, Settings
 from .node_safety import EmergencyStop, Preflight, RunSwitch
 from .node_support import Interrupted, NodeClock, Reporter, describe, make_executor, run_interruptible
 from .stop_signals import ignore_signals, stop_on_signals
-from .time_slice import ask_for_short_slice
+from .time_slice import ask_for_realtime, ask_for_short_slice
 
 #: Of a process that the failsafe gave up: the device is lost or an inference hangs. It is to be started anew.
 EXIT_STATUS = 3
@@ -295,6 +295,19 @@ def run(node: VlaNode, executor: Any) -> None:
     executor.shutdown()
 
 
+def _come_first(node: VlaNode) -> None:
+    """Let this thread, and the executor's that it starts, run as soon as a tick is due."""
+    priority = int(node.get_parameter("realtime_priority").value)
+    refused = ask_for_realtime(priority) if priority else ""
+    if refused:
+        node.get_logger().warning(
+            f"parameter 'realtime_priority': {priority} is refused ({refused}); give the user an rtprio limit of "
+            f"{priority} in /etc/security/limits.conf, or set 0"
+        )
+    if refused or not priority:
+        ask_for_short_slice()
+
+
 def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any] = load_policy) -> int:
     """Run the node until SIGINT, SIGTERM or a shutdown transition.
 
@@ -312,7 +325,7 @@ def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any]
         return 1
     # Inference would otherwise keep a control tick waiting: in Python code for 5 ms, in the engine for a slice.
     sys.setswitchinterval(0.0005)
-    ask_for_short_slice()
+    _come_first(node)
     run(node, make_executor())
     node.close()
     rclpy.try_shutdown()

@@ -50,6 +50,14 @@ PARAMETERS = (
         default=False,
         description="Refuse activation while ~/preflight has a FAIL; drivers have to be up before",
     ),
+    Parameter(
+        "realtime_priority",
+        0,
+        "SCHED_FIFO priority of the control thread, before every other process; 0: none. Read at start only",
+        "needs an rtprio limit of at least that",
+        low=0,
+        high=90,
+    ),
     Parameter("autostart", default=True, description="Configure and activate at start, with no manager"),
 )
 _RCLPY_OWN = ("use_sim_time", "start_type_description_service")
@@ -69,6 +77,7 @@ class Settings:
     instruction: str
     dry_run: bool
     preflight: bool
+    realtime_priority: int
     autostart: bool
 
 

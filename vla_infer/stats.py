@@ -55,7 +55,10 @@ class Counts:
 
 
 class TickClock:
-    """How late each tick of a fixed rate is, against a grid that starts at the first tick."""
+    """How late each tick of a fixed rate is, against a grid on which no tick so far was early.
+
+    A timer fires after its time, never before, so a tick ahead of the grid shows that the first one was late.
+    """
 
     def __init__(self, period: float, *, late: float = 0.002) -> None:
         self._period = period
@@ -68,13 +71,13 @@ class TickClock:
         self.missed = 0  # grid times without a tick of their own
 
     def tick(self, now: float) -> float:
-        """Note a tick at `now` (s, steady clock); its lateness in seconds, negative when early."""
-        if self._start is None:
-            self._start = now
-        due = self._start + self._slot * self._period
-        lateness = now - due
+        """Note a tick at `now` (s, steady clock); its lateness in seconds."""
+        first = now - self._slot * self._period
+        if self._start is None or first < self._start:
+            self._start = first
+        lateness = first - self._start
         self.ticks += 1
-        self.lateness.add(abs(lateness))
+        self.lateness.add(lateness)
         if lateness > self._late:
             self.late += 1
         # A tick more than a period late stands for those that should have been.

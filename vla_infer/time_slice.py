@@ -1,14 +1,20 @@
-"""The scheduler's time slice of the calling thread, on Linux kernels that let a thread choose it (6.12 and later).
+"""Which thread the scheduler runs first: by a short time slice (Linux 6.12 and later), or by a real-time priority.
 
 A thread that wakes with a shorter slice than the running one takes its processor at once. So the thread with the
 control timer asks for a short one, and inference, which keeps every processor busy, for the usual: with neither, a
 tick that falls due in the middle of an inference waits until the inference's slice is over. No privilege is needed,
 and nothing is taken from other processes.
+
+A higher nice value for inference would do harm: the interpreter's lock is held by inference now and then, and when
+another process then runs in its place, the control thread waits for both.
+
+A real-time priority (SCHED_FIFO) also goes before other processes. It needs the system's leave.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 SHORT = 100_000  # ns, the least that Linux grants
@@ -38,8 +44,24 @@ def ask_for_short_slice() -> bool:
     return _set(SHORT) and time_slice() == SHORT
 
 
+def ask_for_realtime(priority: int) -> str:
+    """SCHED_FIFO for the calling thread, and threads it starts from now on. priority: 1 to 99.
+
+    Returns why the system refuses it; empty when it took.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except AttributeError:
+        return "this system has no SCHED_FIFO"
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
 def ask_for_usual_slice() -> bool:
-    """Undo `ask_for_short_slice` in the calling thread. Returns whether it took."""
+    """Undo `ask_for_short_slice` and `ask_for_realtime` in the calling thread. Returns whether it took."""
+    if hasattr(os, "SCHED_FIFO") and os.sched_getscheduler(0) == os.SCHED_FIFO:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return _set(_USUAL)
 
 
