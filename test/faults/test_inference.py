@@ -17,7 +17,7 @@ HORIZON = 30 * FRAME  # s that a chunk of the stand-in lasts at policy_rate 30
 
 
 @pytest.mark.parametrize("times", [2, 10])
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.trials(50)
 def test_inference_slower_than_the_policy_period(seed: int, times: int) -> None:
     """Every tick has its command, none waits; the plan lasts, so nothing is held after the first chunk."""
     world = World(seed)
@@ -30,7 +30,7 @@ def test_inference_slower_than_the_policy_period(seed: int, times: int) -> None:
     world.check()
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.trials(100)
 def test_inference_slower_than_the_horizon(seed: int) -> None:
     """A chunk that is over before it arrives is refused; the arm holds where it is, and the process stays."""
     world = World(seed, document={"failsafe": {"inference_timeout": 5.0}})
@@ -43,7 +43,7 @@ def test_inference_slower_than_the_horizon(seed: int) -> None:
     world.check()
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.trials(100)
 def test_inference_hangs(seed: int) -> None:
     """HOLD at the end of the chunk, the process gives up 1 s after the call began, the last message a hold."""
     world = World(seed)
@@ -67,7 +67,7 @@ def test_inference_hangs(seed: int) -> None:
 ERRORS = (RuntimeError("x"), MemoryError(), ValueError("y"), OSError(5, "io"), KeyError("k"))
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.trials(100)
 def test_the_engine_raises_until_none_is_left(seed: int) -> None:
     """HOLD at the first failure, three tries, then DEACTIVATE."""
     world = World(seed)
@@ -92,7 +92,7 @@ def test_the_engine_raises_until_none_is_left(seed: int) -> None:
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.trials(25)
 def test_fewer_failures_are_outlived(seed: int, failures: int) -> None:
     world = World(seed)
     world.warm_up()
@@ -149,7 +149,7 @@ def test_failing_inferences_leave_no_memory_behind() -> None:
     assert grown < 16 << 10, grown
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.trials(100)
 def test_a_lost_device_is_given_up_at_once(seed: int) -> None:
     world = World(seed)
     world.warm_up()
@@ -165,7 +165,7 @@ def test_a_lost_device_is_given_up_at_once(seed: int) -> None:
     world.check()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.trials(20)
 def test_an_observation_that_the_policy_refuses_is_no_failure(seed: int) -> None:
     world = World(seed)
     world.warm_up()
@@ -184,7 +184,7 @@ def test_an_observation_that_the_policy_refuses_is_no_failure(seed: int) -> None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, -1e38, 1e4])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.trials(20)
 def test_absurd_actions_move_nothing_absurdly(seed: int, value: float) -> None:
     """Anywhere in any chunk; `check` holds every command to the limits. A chunk with a NaN is not played."""
     world = World(seed)
@@ -202,8 +202,9 @@ def test_absurd_actions_move_nothing_absurdly(seed: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (30, 5), (30, 7), (6,), (1, 30, 6)])
-def test_actions_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
-    world = World(1)
+@pytest.mark.trials(1)
+def test_actions_of_a_wrong_shape(seed: int, shape: tuple[int, ...]) -> None:
+    world = World(seed)
     world.warm_up()
     world.policy.change = lambda actions: np.zeros(shape, dtype=np.float32)
     world.until(lambda: bool(world.stops))
@@ -211,7 +212,7 @@ def test_actions_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
     world.check()
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.trials(100)
 def test_an_emergency_stop_holds_within_a_tick(seed: int) -> None:
     world = World(seed)
     world.warm_up()

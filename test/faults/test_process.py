@@ -32,6 +32,10 @@ SIX = ["shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll"
 VELOCITY = {"topic": DRY.removesuffix("_dry"), "interface": "velocity", "joints": SIX}
 
 
+#: From so many trials on it is `make faults`, for which the machine has nothing else to do.
+QUIET = 10
+
+
 @pytest.fixture
 def trials(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--fault-trials"))
@@ -63,7 +67,7 @@ def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
     decode = COMMAND_CODECS[TRAJECTORY].decode
     rng = random.Random(1)
     try:
-        for _ in range(max(1, trials // 2)):
+        for _ in range(trials):
             programs.append(Program(STANDIN, policy="plain", contract=contract))
             robot.feed()
             heard = robot.commands["/arm_dry"]
@@ -90,31 +94,44 @@ def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
         robot.close()
 
 
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_signals_at_random_moments(tmp_path: Path, programs: list[Program], trials: int) -> None:
-    """From the start of the process to well into motion: exit 0, the last message a hold."""
+    """From the first of the program's own instructions to well into motion: exit 0, the last message a hold."""
     contract = patient_contract(tmp_path, command=VELOCITY)
     robot = Robot({DRY: ARRAY})
     robot.feed()
     rng = random.Random(2)
-    slowest, moved = 0.0, 0
+    slowest, moved, loaded = 0.0, 0, 0
     try:
         for trial in range(trials):
             heard = robot.commands[DRY]
             heard.clear()
             program = Program(STANDIN, policy="plain", contract=contract)
             programs.append(program)
-            program.wait_for("loading plain")  # its handlers are in place from here on
-            time.sleep(rng.uniform(0.0, 1.2))
+            # Python itself handles SIGINT, but not SIGTERM, from its start on.
+            until(lambda: handles(program.process.pid, signal.SIGTERM), what="handlers")  # noqa: B023
+            time.sleep(rng.uniform(0.0, 2.4))
             seconds, output = program.stop(signal.SIGINT if trial % 2 else signal.SIGTERM)
             assert program.process.returncode == 0, output
             assert "Traceback" not in output
             slowest = max(slowest, seconds)
+            loaded += "loading plain" in output
             time.sleep(0.1)
             if values(robot):
                 moved += 1
                 assert not values(robot)[-1].any()
-        print(f"{trials} signals, {moved} during motion, slowest end {slowest:.2f} s")
-        assert slowest < 10.0  # 0.2 s when the machine is idle; how busy it is decides no test
+        print(
+            f"{trials} signals: {trials - loaded} before loading, {moved} during motion; slowest end {slowest:.2f} s, "
+            f"load {os.getloadavg()[0]:.1f}"
+        )
+        # How busy the machine is decides no test but on one that is meant to be quiet.
+        assert slowest <= (1.0 if trials >= QUIET else 10.0)
     finally:
         robot.close()
 
