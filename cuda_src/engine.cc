@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "host_matrix.h"
+#include "ops/check.h"
 
 namespace vla {
 
@@ -23,18 +24,40 @@ std::vector<std::string> cpu_instruction_sets() {
   return names;
 }
 
+namespace {
+
+// More than any machine has: sizes beyond it are wrong, and would overflow in sums.
+constexpr size_t kMostBytes = size_t{1} << 46;
+
+void check_size(size_t bytes) {
+  if (bytes > kMostBytes)
+    throw std::invalid_argument("engine: " + std::to_string(bytes) + " bytes asked for");
+}
+
+void check_dtype(DType dtype) {
+  const int code = static_cast<int>(dtype);
+  if (code < 0 || code > 3) throw std::invalid_argument("engine: no such type: " + std::to_string(code));
+}
+
+}  // namespace
+
 struct Engine::Impl {
+  struct Stored {
+    std::byte* data;
+    size_t size;
+  };
   std::unique_ptr<Device> device;
   std::vector<Weight> weights;
-  std::vector<std::byte*> stored;
+  std::vector<Stored> stored;
   std::byte* arena = nullptr;
   size_t arena_size = 0, table_size = 0, stored_size = 0;
 
   int keep(const void* values, size_t bytes) {
+    check_size(bytes);
     std::byte* to = device->allocate(bytes);
     device->write(to, values, bytes);
     stored_size += bytes;
-    stored.push_back(to);
+    stored.push_back({to, bytes});
     return static_cast<int>(stored.size()) - 1;
   }
 };
@@ -66,6 +89,8 @@ DType Engine::act() const { return impl_->device->act(); }
 
 int Engine::pack(Packing packing, const std::vector<HostMatrix>& parts, int rows) {
   if (parts.empty()) throw std::invalid_argument("pack: expected at least one matrix");
+  if (packing != Packing::kStacked && packing != Packing::kInterleaved)
+    throw std::invalid_argument("pack: no such packing");
   for (const HostMatrix& part : parts) {
     const bool fits = part.k == parts[0].k && part.n > 0 && part.k > 0 &&
                       (packing == Packing::kStacked || (part.n == parts[0].n && parts.size() == 2));
@@ -76,6 +101,8 @@ int Engine::pack(Packing packing, const std::vector<HostMatrix>& parts, int rows
 }
 
 int Engine::store(const HostMatrix& m, DType as) {
+  if (m.n <= 0 || m.k <= 0) throw std::invalid_argument("store: expected positive sizes");
+  if (as != DType::kF32 && as != DType::kBF16) throw std::invalid_argument("store: expected a float type");
   const size_t count = static_cast<size_t>(m.n) * m.k;
   if (as == m.dtype && m.ld == m.k) return impl_->keep(m.data, count * size_of(as));
   std::vector<std::byte> values(count * size_of(as));
@@ -93,11 +120,13 @@ int Engine::store(const HostMatrix& m, DType as) {
 }
 
 int Engine::store_ints(const int32_t* values, int rows, int cols) {
+  if (rows <= 0 || cols <= 0) throw std::invalid_argument("store: expected positive sizes");
   return impl_->keep(values, sizeof(int32_t) * rows * cols);
 }
 
 void Engine::reserve(size_t arena_bytes) {
   if (impl_->arena) throw std::logic_error("engine: the arena is reserved already");
+  check_size(arena_bytes);
   impl_->arena = impl_->device->allocate(arena_bytes);
   impl_->arena_size = arena_bytes;
 }
@@ -115,29 +144,44 @@ struct Program::Impl {
   Script script;
   std::unique_ptr<Plan> plan;
 
-  View view(const Place& p) const {
-    View v{nullptr, p.rows, p.cols, p.ld, p.step_bytes, p.dtype};
+  struct Moving {
+    size_t end, room;  // bytes: of the memory used at the first step, and there is
+    int64_t step;
+  };
+  std::vector<Moving> moving;
+
+  // The view of a place, within its memory at the first step; of what moves with the loop it keeps note.
+  View view(const Place& p, const std::string& name) {
+    const auto fail = [&name](const char* what) { throw std::invalid_argument("program: " + name + what); };
+    size_t size = 0;
+    std::byte* base = nullptr;
     if (p.store == Place::kArena) {
-      v.base = engine.arena;
+      base = engine.arena, size = engine.arena_size;
+      if (!base) throw std::logic_error("program: the arena is not reserved yet");
     } else if (p.store == Place::kTables) {
-      v.base = tables;
-    } else {
-      v.base = engine.stored.at(p.store);
+      base = tables, size = table_bytes;
+    } else if (p.store >= 0 && static_cast<size_t>(p.store) < engine.stored.size()) {
+      base = engine.stored[p.store].data, size = engine.stored[p.store].size;
     }
-    if (!v.base) throw std::logic_error("program: the arena is not reserved yet");
-    v.base += p.offset;
-    if (p.store == Place::kArena || p.store == Place::kTables) {
-      const size_t size = p.store == Place::kArena ? engine.arena_size : table_bytes;
-      const int64_t end = p.offset + ((p.rows - 1) * p.ld + p.cols) * static_cast<int64_t>(size_of(p.dtype));
-      if (p.offset < 0 || end > static_cast<int64_t>(size))
-        throw std::out_of_range("program: outside the arena");
-    }
-    return v;
+    if (!base) fail(": no such memory");
+    check_dtype(p.dtype);
+    const int64_t unit = static_cast<int64_t>(size_of(p.dtype)), room = static_cast<int64_t>(size);
+    if (p.rows <= 0 || p.cols <= 0 || p.ld < p.cols)
+      fail(": expected positive sizes, and rows that do not overlap");
+    if (p.offset < 0 || p.step_bytes < 0 || p.offset % unit || p.step_bytes % unit)
+      fail(": not on an element");
+    if (p.offset > room || p.cols > room || (p.rows > 1 && p.ld > room / (p.rows - 1)))
+      fail(": outside its memory");
+    const int64_t end = p.offset + ((p.rows - 1) * p.ld + p.cols) * unit;
+    if (end > room) fail(": outside its memory");
+    if (p.step_bytes) moving.push_back({static_cast<size_t>(end), size, p.step_bytes});
+    return {base + p.offset, p.rows, p.cols, p.ld, p.step_bytes, p.dtype};
   }
 };
 
 Program::Program(Engine& engine, size_t table_bytes)
-    : impl_(std::make_unique<Impl>(Impl{*engine.impl_, nullptr, table_bytes, {}, {}, nullptr})) {
+    : impl_(std::make_unique<Impl>(Impl{*engine.impl_, nullptr, table_bytes, {}, {}, nullptr, {}})) {
+  check_size(table_bytes);
   if (table_bytes) impl_->tables = engine.impl_->device->allocate(table_bytes);
   engine.impl_->table_size += table_bytes;
 }
@@ -146,21 +190,36 @@ Program::~Program() = default;
 void Program::add(Phase phase, const std::string& kind, const std::map<std::string, Place>& operands,
                   const std::vector<int>& weights, const std::map<std::string, double>& attrs) {
   Recorded recorded{kind, {}, {}, attrs};
-  for (const auto& [name, place] : operands) recorded.operands[name] = impl_->view(place);
-  for (int w : weights) recorded.weights.push_back(impl_->engine.weights.at(w));
+  if (phase < Phase::kAtLoad || phase > Phase::kAfter) throw std::invalid_argument("program: no such phase");
+  for (const auto& [name, place] : operands) {
+    recorded.operands[name] = impl_->view(place, kind + ": operand '" + name + "'");
+  }
+  for (int w : weights) {
+    if (w < 0 || static_cast<size_t>(w) >= impl_->engine.weights.size())
+      throw std::invalid_argument("program: " + kind + ": no such weight");
+    recorded.weights.push_back(impl_->engine.weights[w]);
+  }
   std::vector<Op>& list = phase == Phase::kAtLoad   ? impl_->at_load
                           : phase == Phase::kBefore ? impl_->script.before
                           : phase == Phase::kLoop   ? impl_->script.body
                                                     : impl_->script.after;
-  list.push_back(parse(recorded));
+  Op op = parse(recorded);
+  check(op, impl_->engine.device->act(), kind);
+  list.push_back(std::move(op));
 }
 
 void Program::finish(int steps, const std::vector<Place>& inputs, const std::vector<Place>& outputs) {
   if (impl_->plan) throw std::logic_error("program: finished already");
+  if (steps < 0 || steps > 1 << 20)
+    throw std::invalid_argument("program: " + std::to_string(steps) + " steps");
+  for (const Impl::Moving& m : impl_->moving) {
+    if (steps > 1 && m.step > static_cast<int64_t>(m.room - m.end) / (steps - 1))
+      throw std::invalid_argument("program: an operand of the loop leaves its memory");
+  }
   impl_->engine.device->run_once(impl_->at_load);
   impl_->script.steps = steps;
-  for (const Place& p : inputs) impl_->script.inputs.push_back(impl_->view(p));
-  for (const Place& p : outputs) impl_->script.outputs.push_back(impl_->view(p));
+  for (const Place& p : inputs) impl_->script.inputs.push_back(impl_->view(p, "an input"));
+  for (const Place& p : outputs) impl_->script.outputs.push_back(impl_->view(p, "an output"));
   impl_->plan = impl_->engine.device->plan(std::move(impl_->script));
 }
 

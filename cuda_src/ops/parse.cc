@@ -31,11 +31,16 @@ class Reader {
     attrs_.erase(it);
     return value;
   }
-  int integer(const std::string& name) { return static_cast<int>(attr(name)); }
+  int integer(const std::string& name, int least = 0, int most = 1 << 30) {
+    const double value = attr(name);
+    if (!(value >= least && value <= most) || value != static_cast<int>(value))
+      fail("attribute '" + name + "' is " + std::to_string(value));
+    return static_cast<int>(value);
+  }
 
   Norm norm() {
     Norm norm;
-    norm.kind = static_cast<NormKind>(integer("norm"));
+    norm.kind = static_cast<NormKind>(integer("norm", 0, 2));
     if (norm.kind == NormKind::kNone) return norm;
     norm.eps = static_cast<float>(attr("eps"));
     norm.plus = static_cast<float>(attr("plus"));
@@ -43,7 +48,7 @@ class Reader {
     norm.bias = maybe("norm_bias");
     return norm;
   }
-  Act act() { return static_cast<Act>(integer("act")); }
+  Act act() { return static_cast<Act>(integer("act", 0, 2)); }
 
   // The packed weight, checked against the operands that it multiplies and makes.
   Weight weight(const View& x, int rows, size_t parts) {
