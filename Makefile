@@ -2,6 +2,7 @@
 #              (BAG= : a simulated arm; DURATION=0: until Ctrl-C; PORT=8600: always there; VIEW=--no-page: in the terminal)
 # make test    sets everything up and runs every check and test, colcon's included
 # make faults  repeats a hundred times what needs a process; make soak: an hour with faults; make fuzz: 10^6 cases
+# make fuzz-cpp  wrong programs for the engine, under sanitizers (CASES_CPP of them)
 # make build   the virtual environment and the engine alone; make clean removes both
 
 DURATION ?= 60
@@ -9,6 +10,7 @@ PORT ?= 0
 VIEW ?=
 MINUTES ?= 60
 CASES ?= 1000000
+CASES_CPP ?= 1000000
 POLICY ?= test/golden/smolvla
 CONTRACT ?= so101
 # Empty: the demonstration drives a simulated arm.
@@ -37,7 +39,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c $(FITS) 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test build lint pytest colcon faults soak fuzz clean
+.PHONY: demo test build lint pytest colcon faults soak fuzz fuzz-cpp clean
 .DELETE_ON_ERROR:
 
 demo: build $(BAG)
@@ -65,6 +67,12 @@ soak: build $(VENV)/.test
 
 fuzz: build $(VENV)/.test
 	$(IN_VENV) python test/fuzz.py --cases $(CASES) --processes $$(nproc)
+
+fuzz-cpp: $(VENV)/.run
+	$(IN_VENV) cmake -S cuda_src -B $(BUILD)/fuzz -G Ninja -DVLA_CUDA=OFF -DPython_EXECUTABLE=$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(IN_VENV) cmake --build $(BUILD)/fuzz --target fuzz_program --parallel
+	$(BUILD)/fuzz/fuzz_program $(CASES_CPP)
 
 # The plain build is from scratch and without CUDA; the one with links shares the objects of `make build`.
 colcon: build $(VENV)/.test

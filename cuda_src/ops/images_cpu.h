@@ -23,22 +23,25 @@ void run_image_patches(const ImagePatches& op, const Context& c, int step) {
     const int camera = item / down, band = item % down;
     const int32_t* g = op.geometry.at<const int32_t>(step) + camera * op.geometry.ld;
     const int h = g[0], w = g[1], stride = g[2], new_h = g[3], new_w = g[4], top = g[5], left = g[6];
+    // What a caller says of a picture that would not fit its memory makes it absent.
+    const bool here = g[7] && h > 0 && w > 0 && 3 * int64_t{w} <= stride &&
+                      int64_t{h - 1} * stride + 3 * int64_t{w} <= op.frames.cols;
     const uint8_t* pixels = op.frames.at<const uint8_t>(step) + camera * op.frames.ld;
     T* out = op.out.at<T>(step) + static_cast<int64_t>(item) * across * op.out.ld;
     for (int y = 0; y < p; ++y) {
-      const int row = band * p + y - top;
-      const bool blank = !g[7] || row < 0 || row >= new_h;
-      const Sample v = blank ? Sample{} : sample(row, h, new_h);
+      const int64_t row = int64_t{band} * p + y - top;
+      const bool blank = !here || row < 0 || row >= new_h;
+      const Sample v = blank ? Sample{} : sample(static_cast<int>(row), h, new_h);
       const uint8_t* upper = pixels + static_cast<int64_t>(v.low) * stride;
       const uint8_t* lower = pixels + static_cast<int64_t>(v.high) * stride;
       for (int x = 0; x < op.width; ++x) {
-        const int col = x - left;
+        const int64_t col = int64_t{x} - left;
         T* at = out + (x / p) * op.out.ld + y * p + x % p;
         if (blank || col < 0 || col >= new_w) {
           for (int channel = 0; channel < 3; ++channel) put(at + channel * p * p, -1.0f);
           continue;
         }
-        const Sample u = sample(col, w, new_w);
+        const Sample u = sample(static_cast<int>(col), w, new_w);
         for (int channel = 0; channel < 3; ++channel) {
           const float a = upper[3 * u.low + channel], b = upper[3 * u.high + channel];
           const float e = lower[3 * u.low + channel], f = lower[3 * u.high + channel];

@@ -37,8 +37,8 @@ struct GatedLinear {
 
 // q, k, v (m, heads * d) = norm(x) W^T + bias, with rotary embedding on the heads of q and k:
 // [h1 | h2] -> [h1 cos - h2 sin | h2 cos + h1 sin], cos and sin from row positions[i] of rope (positions, d)
-// = [cos | sin] f32. Any of q, k, v may be absent (W then has no rows for it); q, k, v may have their own
-// stride.
+// = [cos | sin] f32 (out of range: row 0). Any of q, k, v may be absent (W then has no rows for it); q, k, v
+// may have their own stride.
 struct Qkv {
   View x, q, k, v, q_bias, k_bias, v_bias, rope, positions;
   Norm norm;

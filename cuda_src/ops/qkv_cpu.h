@@ -5,7 +5,8 @@ template <typename T>
 void rotate_rows(const View& v, const Qkv& op, int step, int first, int last) {
   const int d = op.head_dim, half = d / 2;
   for (int i = first; i < last; ++i) {
-    const int position = op.positions.at<const int32_t>(step)[i * op.positions.ld];
+    int position = op.positions.at<const int32_t>(step)[i * op.positions.ld];
+    if (position < 0 || position >= op.rope.rows) position = 0;
     const float* cos = op.rope.at<const float>(step) + position * op.rope.ld;
     const float* sin = cos + half;
     T* row = v.at<T>(step) + i * v.ld;

@@ -13,6 +13,8 @@
 #include <new>
 #include <stdexcept>
 
+#include <sanitizer/common_interface_defs.h>
+
 #include "engine.h"
 #include "errors.h"
 
@@ -166,10 +168,26 @@ typename Map::iterator pick(Choices& c, Map& map) {
 }
 
 int64_t odd(Choices& c, int64_t was) {
-  const int64_t values[] = {was + 1,   was - 1,          0,         -1,        1,       2,
-                            was * 2,   was / 2,          -was,      64,        1 << 20, INT32_MAX,
-                            INT32_MIN, int64_t{1} << 33, INT64_MAX, INT64_MIN, was + 4, was + 64};
-  return c.of(values);
+  const auto u = static_cast<uint64_t>(was);  // which may overflow
+  const uint64_t values[] = {u + 1,
+                             u - 1,
+                             0,
+                             ~uint64_t{0},
+                             1,
+                             2,
+                             u * 2,
+                             u / 2,
+                             0 - u,
+                             64,
+                             1 << 20,
+                             INT32_MAX,
+                             uint64_t{1} << 31,
+                             uint64_t{1} << 33,
+                             INT64_MAX,
+                             uint64_t{1} << 63,
+                             u + 4,
+                             u + 64};
+  return static_cast<int64_t>(c.of(values));
 }
 
 void change(Choices& c, Place& p) {
@@ -374,12 +392,20 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   return 0;
 }
 #else
+namespace {
+unsigned long long current_case = 0, current_seed = 0;
+
+void say_which() { std::fprintf(stderr, "again: fuzz_program 1 %llu %llu\n", current_seed, current_case); }
+}  // namespace
+
 int main(int argc, char** argv) {
   const auto number = [&](int i, uint64_t otherwise) {
     return argc > i ? std::strtoull(argv[i], nullptr, 10) : otherwise;
   };
   const uint64_t cases = number(1, 1000), seed = number(2, 0), first = number(3, 0);
   uint64_t ran = 0;
+  current_seed = seed;
+  __sanitizer_set_death_callback(say_which);
   for (uint64_t i = first; i < first + cases; ++i) {
     // splitmix64 (Steele, Lea, Flood 2014)
     uint64_t state = seed * 0xaf251af3b0f025b5u + i * 0xd1342543de82ef95u;
@@ -390,8 +416,7 @@ int main(int argc, char** argv) {
       z = (z ^ z >> 27) * 0x94d049bb133111ebu;
       byte = uint8_t(z >> 56 ^ z >> 31);
     }
-    // Where a sanitizer stops it, this is the last line.
-    if (cases == 1) std::printf("case %llu of seed %llu\n", (unsigned long long)i, (unsigned long long)seed);
+    current_case = i;
     ran += run_case(data, sizeof data) == End::kRan;
   }
   std::printf("%llu cases: %llu ran, %llu refused\n", (unsigned long long)cases, (unsigned long long)ran,
