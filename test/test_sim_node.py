@@ -34,13 +34,20 @@ def test_episodes_follow_one_another_and_are_counted(world: Any) -> None:  # noq
     episodes = Episodes(world, Rules(seed=7, kinds=("touch",), time_limit=1.0))
     run_on(episodes, 0.5)
     assert (episodes.phase, episodes.obeys, episodes.announce()) == (WAITING, False, None)
-    episodes.command_came()
+    far = world.limits[:, 1]
+    episodes.command(far)
     first = episodes.task
     assert first is not None
     assert (episodes.phase, episodes.obeys, episodes.announce()) == (PAUSE, False, first.instruction)
     assert episodes.announce() is None
-    run_on(episodes, 0.9)
+    start = world.commanded
+    episodes.command(far)
+    run_on(episodes, 0.7)
+    assert np.array_equal(world.commanded, start)  # what comes while the scene is new is not obeyed
+    run_on(episodes, 0.2)
     assert (episodes.phase, episodes.obeys) == (RUNNING, True)
+    episodes.command(start + 0.01)
+    assert np.array_equal(world.commanded, start + 0.01)
     play(world, first)
     episodes.step()
     assert (episodes.phase, episodes.outcome) == (ENDED, "success")
@@ -57,7 +64,7 @@ def test_episodes_follow_one_another_and_are_counted(world: Any) -> None:  # noq
 
 def test_a_person_s_sentence_is_what_is_judged(world: Any) -> None:  # noqa: F811
     episodes = Episodes(world, Rules(seed=1, auto=False))
-    episodes.command_came()
+    episodes.command(world.commanded)
     run_on(episodes, 0.9)
     assert (episodes.phase, episodes.obeys, episodes.task, episodes.announce()) == (ASKED, True, None, None)
     colours = list(world.scene.cubes)
@@ -176,10 +183,10 @@ def test_it_is_a_robot_to_whoever_speaks_the_contract(driver: Driver) -> None:
         stamps = [message.clock.sec + message.clock.nanosec * 1e-9 for message in driver.heard["/clock"]]
         assert stamps == sorted(stamps)
         assert abs(top[-1].header.stamp.sec - stamps[-1]) < 2
-        # The first command begins the first episode; what is sent while the scene is new is not obeyed.
+        # The first command begins the first episode.
         start = driver.joints
         home = [start[name] for name in JOINTS]
-        driver.until(lambda: (driver.command([9.0] * 6), driver.status["phase"] == "pause")[1], "a new scene")
+        driver.until(lambda: (driver.command(home), driver.status["phase"] == "pause")[1], "a new scene")
         driver.until(lambda: driver.heard["instruction"], "its instruction")
         assert driver.heard["instruction"][0].data == driver.status["instruction"]
         driver.until(lambda: (driver.command(home), driver.status["phase"] == "running")[1], "the episode")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vla_infer.sim.tasks import KINDS, Task, parse
-from vla_infer.sim.world import World
+from vla_infer.sim.world import FloatArray, World
 
 #: Phases of an episode. WAITING: nobody commands yet. PAUSE: a new scene, and commands are not obeyed, so that what
 #: was planned for the last one does not reach into it. ASKED: waiting for a person to say what to do. ENDED: the
@@ -60,9 +60,15 @@ class Episodes:
         text, self._announce = self._announce, None
         return text
 
-    def command_came(self) -> None:
-        """Somebody commands: the first episode may begin."""
-        if self.phase == WAITING:
+    def command(self, positions: FloatArray) -> None:
+        """Somebody commands (6,) rad: the first episode may begin. Obeyed where `obeys` says so.
+
+        Raises:
+            ValueError: not six finite numbers.
+        """
+        if self.obeys:
+            self.world.command(positions)
+        elif self.phase == WAITING:
             self._begin()
 
     def reset(self) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -124,7 +123,7 @@ class Simulation:
             )
             return
         self._trajectory = None
-        self._obey(values[self._order])
+        self.episodes.command(values[self._order])
 
     def _on_trajectory(self, message: Any) -> None:
         try:
@@ -133,12 +132,7 @@ class Simulation:
         except ObservationError as error:
             self._warn(f"{_TRAJECTORIES}: {error}; refused")
             return
-        self.episodes.command_came()
-
-    def _obey(self, positions: npt.NDArray[np.float64]) -> None:
-        self.episodes.command_came()
-        if self.episodes.obeys:
-            self.world.command(positions)
+        self.episodes.command(self.world.commanded)
 
     def _on_instruction(self, message: Any) -> None:
         if message.data in self._sent:
@@ -183,8 +177,8 @@ class Simulation:
 
     def _tick(self) -> None:
         world, episodes = self.world, self.episodes
-        if self._trajectory is not None and episodes.obeys:
-            world.command(self._trajectory.at(world.time))
+        if self._trajectory is not None:
+            episodes.command(self._trajectory.at(world.time))
         number = episodes.number
         world.advance(TICK)
         episodes.step()
