@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..contract import Contract, load_contract
@@ -38,20 +39,23 @@ class Parameters:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 after SIGINT or SIGTERM, 1 when ROS failed, 2 when it could not start."""
-    from rclpy.utilities import remove_ros_args
-
     given = list(sys.argv if argv is None else ["page", *argv])
     parser = argparse.ArgumentParser(prog="page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--no-page", action="store_true", help="a view in this terminal instead")
-    args = parser.parse_args(remove_ros_args(given)[1:])
-    os.nice(NICE)
-    keep_heap()
     try:
+        from rclpy.utilities import remove_ros_args
+
+        args = parser.parse_args(remove_ros_args(given)[1:])
+        os.nice(NICE)
+        keep_heap()
         return asyncio.run(_run(given, terminal=args.no_page))
     except (VlaInferError, ValueError) as error:
         print(f"page: {error}", file=sys.stderr)
     except ImportError as error:
-        print(f"page: {error.name} is missing; pip install aiohttp opencv-python-headless", file=sys.stderr)
+        print(
+            f"page: {error.name} is missing; source ROS 2, and pip install aiohttp opencv-python-headless",
+            file=sys.stderr,
+        )
     except OSError as error:
         print(f"page: {error.strerror}; choose another port, or 0 for any that is free", file=sys.stderr)
     return 2
@@ -62,6 +66,9 @@ async def _run(arguments: list[str], *, terminal: bool) -> int:
 
     from .ros import JOINT_RATE, Look, RosSide, start_ros
 
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     context, node = start_ros(arguments)
     side: RosSide | None = None
     try:
@@ -70,7 +77,14 @@ async def _run(arguments: list[str], *, terminal: bool) -> int:
         feed = Feed(len(contract.cameras), JOINT_RATE)
         look = Look(parameters.image_rate, parameters.image_width)
         side = RosSide(context, node, contract=contract, target=parameters.node, look=look, feed=feed)
-        return await _show(side, contract, parameters, feed, terminal=terminal)
+        side.ended = partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set)
+        if terminal:
+            await _show_in_terminal(side, contract, feed, stop)
+        else:
+            await _serve(side, contract, parameters, feed, stop)
+        if side.failed:
+            print(f"page: {side.failed}", file=sys.stderr)
+        return 1 if side.failed else 0
     finally:
         if side is not None:
             side.close()
@@ -78,33 +92,26 @@ async def _run(arguments: list[str], *, terminal: bool) -> int:
         rclpy.shutdown(context=context)
 
 
-async def _show(side: Any, contract: Contract, parameters: Parameters, feed: Feed, *, terminal: bool) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    side.ended = lambda: loop.call_soon_threadsafe(stop.set)
-    channels = side.channels.all
-    if terminal:
-        from .terminal import show
+async def _show_in_terminal(side: Any, contract: Contract, feed: Feed, stop: asyncio.Event) -> None:
+    from .terminal import show
 
+    side.start()
+    await show(feed, [channel.name for channel in side.channels.all], contract.robot, stop)
+
+
+async def _serve(
+    side: Any, contract: Contract, parameters: Parameters, feed: Feed, stop: asyncio.Event
+) -> None:
+    from .server import ADDRESS, Server, hello
+
+    server = Server(feed, side, hello(contract, side.channels.all, parameters.node))
+    try:
+        port = await server.start(parameters.port)
         side.start()
-        await show(feed, [channel.name for channel in channels], contract.robot, stop)
-    else:
-        from .server import ADDRESS, Server, hello
-
-        server = Server(feed, side, hello(contract, channels, parameters.node))
-        try:
-            port = await server.start(parameters.port)
-            side.start()
-            print(f"page: http://{ADDRESS}:{port}/", flush=True)
-            await stop.wait()
-        finally:
-            await server.close()
-    if side.failed:
-        print(f"page: {side.failed}", file=sys.stderr)
-        return 1
-    return 0
+        print(f"page: http://{ADDRESS}:{port}/", flush=True)
+        await stop.wait()
+    finally:
+        await server.close()
 
 
 def read_parameters(node: Any) -> Parameters:

@@ -112,7 +112,7 @@ class RosSide:
         self._executor.add_node(node)
         self._stop = threading.Event()
         self.failed = ""  # why the thread ended by itself
-        self.ended: Callable[[], None] = lambda: None
+        self.ended: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="page_ros", daemon=True)
 
     def start(self) -> None:

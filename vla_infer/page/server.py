@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -81,7 +82,8 @@ class Server:
         if self._listener is not None:
             self._listener.close()
         closing = (socket.close(code=1001, message=b"the page's server ends") for socket in self._sockets)
-        await asyncio.gather(*closing, return_exceptions=True)
+        with suppress(asyncio.TimeoutError):  # one that takes nothing takes no good-bye either
+            await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), 1.0)
         if self._runner is not None:
             await self._runner.cleanup()
 
