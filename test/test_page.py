@@ -348,6 +348,7 @@ def test_pages_and_connections_are_limited() -> None:
             assert pages[0].socket.close_code == 1008
             await pages[1].socket.send_bytes(b"\x07")  # there is no such camera
             await soon(lambda: pages[1].socket.closed, "the end of another")
+            assert pages[1].socket.close_code == 1008
             await made.live()
             idle = [socket.create_connection(("127.0.0.1", made.port)) for _ in range(server.MAX_CONNECTIONS)]
             await asyncio.sleep(0.1)

@@ -69,7 +69,7 @@ def test_what_is_typed_arrives_and_what_happens_is_shown(harness: Harness, tmp_p
             )
             await soon(lambda: harness.policy.calls[-1][2] == MARKUP, "policy")
             await tab.until(f"document.querySelector('#force').textContent === {MARKUP!r}")
-            await tab.until("document.querySelector('#told').textContent === 'in force'")
+            await tab.until("document.querySelector('#told').textContent === 'vla_node has taken it'")
             assert await tab.evaluate("document.querySelectorAll('img').length") == 0
 
             await tab.click("#hold")

@@ -118,6 +118,8 @@ def test_rates_and_rising_guard_counts_come_from_two_reports() -> None:
     assert board.document(22.0)["command_rate"] is None
     board.diagnostics(statuses(inferences="1", commands_played="2"), 23.0)  # started again
     assert board.document(23.0)["inference_rate"] is None
+    board.diagnostics(statuses(inferences="31"), 23.1)  # held up, two at a time
+    assert board.document(23.1)["inference_rate"] is None
 
 
 def test_a_simulation_counts_only_while_it_speaks() -> None:
@@ -238,7 +240,7 @@ DOCUMENT = {
     "latency": {"inference": {"p50": 6.3, "p99": 9.0}, "age": None, "lateness": {"p99": 0.25}},
     "inference_rate": 30.0,
     "simulation": {
-        "kind": "touch", "colour": "red", "instruction": "touch it", "success": True,
+        "kind": "touch", "colour": "red\x1b[2J", "instruction": "touch it", "success": True,
         "successes": 3.0, "episodes": 4.0, "seconds": 2.5,
     },
 }  # fmt: skip
@@ -255,9 +257,10 @@ def test_the_terminals_block_fits_and_holds_no_control_characters() -> None:
     assert "\x07" not in text
     assert "ARMED" in lines[0]
     assert "inference 6.3 ms  ticks late p99 0.2 ms  30.0 inferences/s" in text
-    assert "task touch red  2.5 s  3 of 4 succeeded  SUCCESS" in text
+    assert r"task touch red\x1b[2J  2.5 s  3 of 4 succeeded  SUCCESS" in text
     assert lines[-2] == "pan       10.00       0.00  [+" + " " * 28 + "o]"
     assert lines[-1].split() == ["lift", "-"]
+    assert "\x1b[2J" not in view.line(DOCUMENT)
     for width in (10, 40):
         assert all(len(line) <= width for line in view.block(DOCUMENT, feed.samples(0), width=width)[1:])
     assert "HOLD" in view.line(DOCUMENT)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 SILENT = 3.0  # s without diagnostics after which the node counts as gone; it reports once a second
 
 _REPORTS = 6  # that rates are taken over
+_SHORTEST = 0.8  # s between the first and the last of them
 
 Document = dict[str, Any]
 
@@ -83,11 +84,10 @@ class Board:
             return None
         (began, first), (ended, last) = self._past[0], self._past[-1]
         was, count = first[key], last[key]
-        return (
-            (count - was) / (ended - began)
-            if was is not None and count is not None and ended > began
-            else None
-        )
+        # Reports that were held up and come together say nothing of a rate.
+        if was is None or count is None or ended - began < _SHORTEST:
+            return None
+        return (count - was) / (ended - began)
 
     def document(self, now: float) -> Document:
         """Everything, with None where nothing is known. Numbers are finite, rates in Hz, times in ms."""

@@ -118,7 +118,7 @@ function inForce() {
   const text = status.instruction;
   put($("force"), text === null ? "–" : text === "" ? "none" : text);
   if (instructed === null) return;
-  if (text === instructed.text) { tell("in force"); instructed = null; }
+  if (text === instructed.text) { tell(`${hello.node} has taken it`); instructed = null; }
   else if (status.refused > instructed.refused) { tell(`${hello.node} refused it; its log says why`, true); instructed = null; }
   $("force").parentElement.classList.toggle("pending", instructed !== null);
 }
