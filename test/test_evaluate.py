@@ -24,6 +24,7 @@ from vla_infer.sim.expert import RATE, Expert
 from vla_infer.sim.rollout import Episode, Outcome, run_expert, run_policy, with_mode
 from vla_infer.sim.tasks import parse
 from vla_infer.sim.world import World
+from vla_infer.training.demonstrate import in_picture
 
 SIZE = (32, 32)
 CAMERAS = ("observation.images.top", "observation.images.wrist")
@@ -86,6 +87,17 @@ def test_wilson_interval() -> None:
     ):
         assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_cubes_are_in_the_picture_where_they_are_said_to_be(world: World) -> None:
+    world.reset(5)
+    assert world.scene is not None
+    picture = world.images()[CAMERAS[0]].astype(float)
+    for colour in world.scene.cubes:
+        column, row = (in_picture(world, "top", world.cube(colour)[None])[0] * SIZE[0]).astype(int)
+        red, green, blue = picture[row, column]
+        main = {"red": red, "green": green, "blue": blue, "purple": min(red, blue)}[colour]
+        assert main > 1.3 * min(red, green, blue), (colour, row, column, picture[row, column])
 
 
 def test_expert_touches_what_it_is_told(world: World) -> None:

@@ -20,7 +20,7 @@ from vla_infer.random_weights import Decoder, Sizes, Vision  # noqa: E402
 from vla_infer.reference import ReferenceExecutor  # noqa: E402
 from vla_infer.sim.tasks import COLOURS, KINDS, phrases  # noqa: E402
 from vla_infer.training.__main__ import main as training  # noqa: E402
-from vla_infer.training.batches import Batches  # noqa: E402
+from vla_infer.training.batches import Batches, places  # noqa: E402
 from vla_infer.training.loop import Plan, Trainer  # noqa: E402
 from vla_infer.training.objective import (  # noqa: E402
     PLACES,
@@ -45,7 +45,7 @@ CAMERAS = ("observation.images.top", "observation.images.wrist")
 MICRO = Preset(
     "micro",
     Sizes(
-        Vision(64, 1, 1, 64, 8, 16),
+        Vision(64, 1, 1, 64, 4, 16),
         Decoder(64, 2, 64, 1, 1, 64),
         Decoder(64, 2, 64, 1, 1, 64),
         512,
@@ -68,6 +68,7 @@ def demonstrations(count: int = 24) -> Demonstrations:
         "actions": np.repeat(state[:, None] + 10 * colour[:, None, None], 4, 1).astype(np.float32),
         "valid": np.arange(4) < rng.integers(2, 5, (count, 1)),
         "cubes": cubes,
+        "places": rng.uniform(-0.1, 1.1, (count, len(COLOURS), 2)).astype(np.float32),
         "kind": np.zeros(count, np.int8),
         "colour": colour,
         "episode": np.arange(count),
@@ -91,9 +92,7 @@ class Setup:
             self.parameters = {name: value.double() for name, value in self.parameters.items()}
         self.objective = Objective(self.sizes, self.parameters, precision=precision)
         self.trainer = Trainer(plan or Plan(40, 8, rate=3e-3, warmup=5), self.objective, self.parameters)
-        self.batches = Batches(
-            self.data, self.processors, vocabulary=self.sizes.vocabulary, device="cpu", seed=5
-        )
+        self.batches = Batches(self.data, self.processors, self.sizes, device="cpu", seed=5)
 
 
 @pytest.fixture
@@ -166,7 +165,7 @@ def test_gradient_against_finite_differences(tmp_path: Path) -> None:
     names = [next(n for n in parameters if part in n) for part in ("patch_embedding.weight", "embed_tokens")]
     names += [n for n in parameters if "layers.0" in n and n.endswith(("q_proj.weight", "down_proj.weight"))]
     names += ["model.action_time_mlp_in.weight", "model.state_proj.weight", "model.action_out_proj.bias"]
-    names += ["goal.weight"]
+    names += ["goal.weight", "goal.query", "goal.mark"]
     for name in names:
         value = parameters[name]
         direction = torch.randn_like(value)
@@ -202,6 +201,27 @@ def test_thirty_steps_lower_the_loss(setup: Setup) -> None:
     losses = [setup.trainer.advance(setup.batches) for _ in range(30)]
     first, last = torch.stack(losses[:5]).mean(0), torch.stack(losses[-5:]).mean(0)
     assert (last < 0.7 * first).all(), (first, last)
+
+
+def test_places_are_image_tokens_row_by_row() -> None:
+    at = np.array([[0.1, 0.1], [0.9, 0.1], [0.1, 0.6], [0.5, 0.5], [1.0, 0.5], [-0.1, 0.5], [np.nan, np.nan]])
+    assert places(at.astype(np.float32), (2, 3)).tolist() == [0, 2, 3, 4, -1, -1, -1]
+
+
+def test_other_cubes_are_asked_for_and_not_imitated(setup: Setup) -> None:
+    """Where the words name another cube than the one that was gone to, only the cube's place is learnt."""
+    rows = setup.data.rows
+    batch = setup.batches.draw(400)
+    state = torch.tensor(rows["cubes"]).flatten(0, 1)
+    other = 0
+    for i in range(len(batch.goal)):
+        which = int((state - batch.goal[i]).abs().sum(-1).nan_to_num(9.0).argmin())
+        observation, colour = divmod(which, len(COLOURS))
+        said = colour == rows["colour"][observation]
+        assert batch.valid[i].tolist() == (rows["valid"][observation] & said).tolist()
+        assert int(batch.token[i]) == int(places(rows["places"][observation, colour], (2, 2)))
+        other += not said
+    assert 40 < other < 120  # 0.3 of 400, less those whose random cube is the one
 
 
 def test_padding_has_no_say(setup: Setup) -> None:
@@ -292,7 +312,7 @@ def test_model_card_states_what_was_written_down(tmp_path: Path, capsys: pytest.
         "seconds": 90.0,
         "device": "a processor",
         "torch": "2",
-        "history": [{"flow": 0.5, "goal": 0.25}],
+        "history": [{"flow": 0.5, "goal": 0.25, "pointing": 1.5}],
     }
     (policy / "training.json").write_text(json.dumps(made))
     rate = {"rate": 0.9, "low": 0.8, "high": 0.95, "of": 50}

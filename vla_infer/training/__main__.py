@@ -138,9 +138,7 @@ def _train(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     trainer = Trainer(plan, objective, parameters)
-    batches = Batches(
-        demonstrations, processors, vocabulary=sizes.vocabulary, device=options.device, seed=options.seed
-    )
+    batches = Batches(demonstrations, processors, sizes, device=options.device, seed=options.seed)
     state = options.policy.with_name(options.policy.name + ".state")
     if state.exists():
         trainer.load(state, batches)
@@ -148,8 +146,8 @@ def _train(options: argparse.Namespace) -> int:
 
     def report(r: Report) -> None:
         print(
-            f"step {r.step}: flow {r.flow:.4f} goal {r.goal:.4f} rate {r.rate:.1e} {r.seconds:.0f} s "
-            f"{r.samples_per_second:.0f} samples/s",
+            f"step {r.step}: flow {r.flow:.4f} goal {r.goal:.4f} pointing {r.pointing:.3f} "
+            f"rate {r.rate:.1e} {r.seconds:.0f} s {r.samples_per_second:.0f} samples/s",
             flush=True,
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_infer.errors import TrainingError
+from vla_infer.models import smolvla
 from vla_infer.normalize import make_normalizer
 from vla_infer.policy_config import ACTION, STATE
 from vla_infer.policy_files import EPS
@@ -35,14 +36,15 @@ class Batches:
         self,
         demonstrations: Demonstrations,
         processors: Processors,
+        sizes: smolvla.Sizes,
         *,
-        vocabulary: int,
         device: str,
         seed: int,
     ) -> None:
+        grid = tuple(side // sizes.scale_factor for side in sizes.vision.grid)
         rows = demonstrations.rows
         self.generator = torch.Generator(device).manual_seed(seed)
-        self._device, self._vocabulary = device, vocabulary
+        self._device, self._vocabulary = device, sizes.vocabulary
         self._frames = _on_device(demonstrations.frames, device)
         stats = statistics(demonstrations)
 
@@ -55,6 +57,7 @@ class Batches:
         self._state = normalised(rows["state"], STATE)
         self._actions = normalised(rows["actions"], ACTION)
         self._valid = torch.from_numpy(rows["valid"]).to(device)
+        self._tokens_of_picture = places(rows["places"], grid).to(device)
         self._cubes = torch.from_numpy(rows["cubes"]).to(device)
         self._kind = torch.from_numpy(rows["kind"].astype(np.int64)).to(device)
         self._colour = torch.from_numpy(rows["colour"].astype(np.int64)).to(device)
@@ -111,6 +114,7 @@ class Batches:
             actions=self._actions[chosen],
             valid=self._valid[chosen] & (asked == done)[:, None],
             goal=cubes[torch.arange(size, device=self._device), asked],
+            token=self._tokens_of_picture[chosen, asked],
         )
 
     def _in_another_light(self, frames: Tensor) -> Tensor:
@@ -124,6 +128,14 @@ class Batches:
         x = x * (1 + around(_TINT, 3)) * (1 + around(_CONTRAST, 1)) + 255 * _BRIGHTNESS * around(1.0, 1)
         x = x + _PIXELS_NOISE * self._normal(*x.shape)
         return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def places(at: npt.NDArray[np.float32], grid: tuple[int, ...]) -> Tensor:
+    """Columns and rows (..., 2) in a picture, 0 to 1, as indices (...) of a grid of (rows, columns); -1 outside."""
+    inside = np.all((at >= 0) & (at < 1), axis=-1, keepdims=True)
+    cells = np.where(inside, at, 0.0) * (grid[1], grid[0])
+    index = cells[..., 1].astype(np.int64) * grid[1] + cells[..., 0].astype(np.int64)
+    return torch.from_numpy(np.where(inside[..., 0], index, -1))
 
 
 def _on_device(shards: list[npt.NDArray[np.uint8]], device: str) -> Tensor:

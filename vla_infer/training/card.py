@@ -57,7 +57,7 @@ A SmolVLA trained from scratch on demonstrations of a scripted expert in simulat
 | training | {t["steps"]} steps of {plan["batch"]} x {plan["draws"]} draws{ended}, seed {plan["seed"]} |
 | rate | {plan["rate"]:g}, cosine after {plan["warmup"]} steps; AdamW, averaged weights |
 | where | {t["device"]}, PyTorch {t["torch"]}, {t["precision"]}, {t["seconds"] / 60:.1f} minutes |
-| last losses | velocity {last["flow"]:.4f}, place of the cube {last["goal"]:.4f} dm² |
+| last losses | velocity {last["flow"]:.4f}, the cube's place {last["goal"]:.4f} dm², pointing {last["pointing"]:.3f} |
 """
 
 

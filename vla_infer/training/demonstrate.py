@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from vla_infer.contract import Contract, load_contract
 from vla_infer.sim.expert import RATE, Expert
+from vla_infer.sim.model import CAMERAS
 from vla_infer.sim.tasks import COLOURS, KINDS
 from vla_infer.sim.world import World
 
@@ -72,7 +73,7 @@ def record_episode(
     expert, disturbance = Expert(world, task, rng), _Disturbance(rng, recipe.bursts)
     targets: list[FloatArray] = []
     disturbed: list[bool] = []
-    seen: list[tuple[int, FloatArray, FloatArray]] = []  # step, joints, cubes
+    seen: list[tuple[int, FloatArray, FloatArray, FloatArray]] = []  # step, joints, cubes, places
     pictures = []
     offset = int(rng.integers(recipe.stride))
     while not expert.done:
@@ -80,7 +81,9 @@ def record_episode(
         if push is None and len(targets) % recipe.stride == offset:
             images = world.images()
             pictures.append(np.stack([images[camera] for camera in recipe.cameras]))
-            seen.append((len(targets), world.joints()[0], _cubes(world)))
+            cubes = _cubes(world)
+            places = in_picture(world, CAMERAS[recipe.cameras[0]], cubes)
+            seen.append((len(targets), world.joints()[0], cubes, places))
         targets.append(target)
         disturbed.append(push is not None)
         world.command(target if push is None else world.commanded + push / RATE)
@@ -89,17 +92,18 @@ def record_episode(
         return None
     source, sink = contract.states[0], contract.commands[0]
     actions = sink.units.to_policy(np.array(targets)).astype(np.float32)
-    steps = np.array([step for step, _, _ in seen])
+    steps = np.array([step for step, *_ in seen])
     ahead = steps[:, None] + np.arange(recipe.horizon)
     inside = ahead < len(targets)
     ahead = np.minimum(ahead, len(targets) - 1)
     undisturbed = np.logical_and.accumulate(~np.array(disturbed)[ahead], axis=1)
     count = len(seen)
     return pictures, {
-        "state": source.units.to_policy(np.array([joints for _, joints, _ in seen])).astype(np.float32),
+        "state": source.units.to_policy(np.array([joints for _, joints, *_ in seen])).astype(np.float32),
         "actions": actions[ahead],
         "valid": inside & undisturbed,
-        "cubes": np.array([cubes for _, _, cubes in seen], np.float32),
+        "cubes": np.array([cubes for *_, cubes, _ in seen], np.float32),
+        "places": np.array([places for *_, places in seen], np.float32),
         "kind": np.full(count, KINDS.index(task.kind), np.int8),
         "colour": np.full(count, COLOURS.index(task.colour), np.int8),
         "episode": np.full(count, seed, np.int64),
@@ -110,6 +114,15 @@ def _cubes(world: World) -> FloatArray:
     """Where each cube is (colours, 3) in m, NaN where the scene has none of that colour."""
     there = world.scene.cubes if world.scene else {}
     return np.array([world.cube(colour) if colour in there else np.full(3, np.nan) for colour in COLOURS])
+
+
+def in_picture(world: World, camera: str, points: FloatArray) -> FloatArray:
+    """Column and row (n, 2) of points (n, 3) in a camera's square picture, 0 to 1 from the upper left corner."""
+    number = world.model.camera(camera).id
+    seen = (points - world.data.cam_xpos[number]) @ world.data.cam_xmat[number].reshape(3, 3)
+    focal = 0.5 / np.tan(np.deg2rad(world.model.cam_fovy[number]) / 2)
+    places: FloatArray = 0.5 + focal * seen[:, :2] * (1.0, -1.0) / -seen[:, 2:]  # a camera looks along its -z
+    return places
 
 
 def _make_shard(folder: Path, recipe: Recipe, shard: int) -> Progress:

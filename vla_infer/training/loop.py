@@ -49,6 +49,7 @@ class Report:
     step: int
     flow: float
     goal: float
+    pointing: float
     rate: float
     seconds: float
     samples_per_second: float
@@ -92,25 +93,27 @@ class Trainer:
     ) -> None:
         """Train until the plan's end, or for `seconds` of this call; `report` is called every so many steps."""
         started, before = time.monotonic(), self.seconds
-        told, sums = (time.monotonic(), self.step), torch.zeros(2, device=self._objective.device)
+        told, sums = (time.monotonic(), self.step), torch.zeros(3, device=self._objective.device)
         while not self.done and time.monotonic() - started < seconds:
             sums += self.advance(batches)
             self.seconds = before + time.monotonic() - started
             if self.step % every == 0 or self.done:
                 count, now = self.step - told[1], time.monotonic()
-                flow, goal = (sums / count).tolist()  # waits for the device, so that the time is right
+                flow, goal, pointing = (
+                    sums / count
+                ).tolist()  # waits for the device, so that the time is right
                 now = time.monotonic()
                 self.seconds = before + now - started
                 if not math.isfinite(flow):
                     raise TrainingError(f"step {self.step}: the loss is not finite; lower the learning rate")
                 speed = count * self.plan.batch / (now - told[0])
                 told, sums = (now, self.step), torch.zeros_like(sums)
-                latest = Report(self.step, flow, goal, self._rate(), self.seconds, speed)
+                latest = Report(self.step, flow, goal, pointing, self._rate(), self.seconds, speed)
                 self.history.append(asdict(latest))
                 report(latest)
 
     def advance(self, batches: Batches) -> Tensor:
-        """One step; returns its losses (2,): flow and goal."""
+        """One step; returns its losses (3,): flow, goal and pointing."""
         batch = batches.draw(self.plan.batch)
         noise, times = self._objective.draw(batch, self.plan.draws, batches.generator)
         for group, relative in zip(self._optimiser.param_groups, self._relative, strict=True):
@@ -126,7 +129,7 @@ class Trainer:
         keep = min(_AVERAGED, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - keep)
-        return torch.stack([losses.flow, losses.goal])
+        return torch.stack([losses.flow, losses.goal, losses.pointing])
 
     def _rate(self) -> float:
         plan = self.plan

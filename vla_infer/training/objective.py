@@ -20,6 +20,7 @@ PLACES = 16  # prompt tokens of the training tape: the shortest bucket of `vla_i
 TIME_STEPS = 1000  # times are multiples of 1 / TIME_STEPS, so that the embeddings are one table
 GOAL = "goal."  # parameters of the auxiliary loss, which are not saved
 _GOAL_SCALE = 10.0  # positions count in decimetres, which makes them of order one
+_POINTING = 0.3  # weight of the pointing loss beside the place's
 _ALPHA = 1.5  # times are 0.001 + 0.999 Beta(_ALPHA, 1)
 
 
@@ -29,7 +30,8 @@ class Batch:
 
     frames uint8 (B, cameras, H, W, 3); state (B, state_dim) and actions (B, horizon, action_dim) normalised;
     tokens int (B, PLACES), 0 beyond `lengths` (B,); valid bool (B, horizon): rows within the episode;
-    goal (B, 3): where the cube of the instruction lies, in metres.
+    goal (B, 3): where the cube of the instruction lies, in metres; token int (B,): which image token of the first
+    camera has its centre, -1 for none.
     """
 
     frames: Tensor
@@ -39,15 +41,18 @@ class Batch:
     actions: Tensor
     valid: Tensor
     goal: Tensor
+    token: Tensor
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over a batch. flow: of the velocity's squared error; goal: the auxiliary one; total: what is minimised."""
+    """Means over a batch. flow: of the velocity's squared error; goal: of the place's, in dm²; pointing: cross entropy
+    of the image token; total: what is minimised."""
 
     total: Tensor
     flow: Tensor
     goal: Tensor
+    pointing: Tensor
 
 
 class Objective:
@@ -108,12 +113,25 @@ class Objective:
         rows that are within the episode (Lipman et al. 2023; the form is LeRobot's SmolVLA's)."""
         t = (times.float() / TIME_STEPS)[..., None, None]
         actions = batch.actions
-        velocity, goal = self._run(parameters, batch, t * noise + (1 - t) * actions, times)
+        velocity, values = self._run(parameters, batch, t * noise + (1 - t) * actions, times)
         weight = batch.valid[..., None].float().expand_as(actions)
         error = (velocity - (noise - actions)).square() * weight
         flow_loss = error.sum() / (weight.sum() * len(noise)).clamp_min(1.0)
-        goal_loss = (goal - _GOAL_SCALE * batch.goal).square().mean()
-        return Losses(flow_loss + goal_weight * goal_loss, flow_loss.detach(), goal_loss.detach())
+        goal, pointing = self._readout(parameters, batch, values.to(flow_loss.dtype))
+        total = flow_loss + goal_weight * (goal + _POINTING * pointing)
+        return Losses(total, flow_loss.detach(), goal.detach(), pointing.detach())
+
+    def _readout(self, parameters: Parameters, batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of the place, read at the state token, and of which image token it is: both from the last
+        language layer's values (B, prefix, width), linearly and by a bilinear form of state and image."""
+        p = {name: parameters[GOAL + name] for name in ("weight", "bias", "query", "key", "mark")}
+        images, state = values[:, : self.sizes.image_tokens], values[:, -1]
+        place = (state @ p["weight"].T + p["bias"] - _GOAL_SCALE * batch.goal).square().mean()
+        match = ((state @ p["query"].T)[:, None] * (images @ p["key"].T)).sum(-1) / math.sqrt(state.shape[-1])
+        match = match + images @ p["mark"]
+        known = batch.token >= 0
+        entropy = torch.nn.functional.cross_entropy(match, batch.token.clamp_min(0), reduction="none")
+        return place, (entropy * known).sum() / known.sum().clamp_min(1)
 
     def _run(
         self, parameters: Parameters, batch: Batch, actions: Tensor, times: Tensor
@@ -133,9 +151,7 @@ class Objective:
         }
         outputs = executor.forward(inputs)
         velocity = (padded - outputs["actions"])[..., : actions.shape[-1]]
-        weight = parameters[GOAL + "weight"]
-        seen = outputs["prefix_values"][:, -1].to(weight.dtype)  # at the state, which sees all of the prefix
-        return velocity, seen @ weight.T + parameters[GOAL + "bias"]
+        return velocity, outputs["prefix_values"]
 
 
 def training_tape(sizes: smolvla.Sizes) -> Tape:
@@ -189,6 +205,10 @@ def initial_parameters(
     values_width = sizes.text.kv_heads * sizes.text.head_dim
     result[GOAL + "weight"] = torch.zeros(3, values_width)
     result[GOAL + "bias"] = torch.zeros(3)
+    for name in ("query", "key"):
+        square = torch.randn(values_width, values_width, generator=generator)
+        result[GOAL + name] = square / math.sqrt(values_width)
+    result[GOAL + "mark"] = torch.zeros(values_width)
     return result
 
 

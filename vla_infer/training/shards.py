@@ -24,6 +24,7 @@ _ROWS: Mapping[str, str] = {
     "actions": "float32 (horizon, action), in the policy's units, from the observation's instant on",
     "valid": "bool (horizon,): rows that the expert had decided when nothing disturbed it",
     "cubes": "float32 (colours, 3): where each cube is, m; NaN where there is none of the colour",
+    "places": "float32 (colours, 2): column and row of its centre in the first camera's picture, 0 to 1; or NaN",
     "kind": "int8: index into KINDS",
     "colour": "int8: index into COLOURS",
     "episode": "int64: seed of the scene",
