@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="name another cube of the scene: success then shows how little the instruction counts",
     )
+    parser.add_argument(
+        "--through-dds",
+        action="store_true",
+        help="run the simulation's node and the policy's as processes, in real time, instead of in this one",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--json", type=Path, help="write the results there, episode by episode")
     parser.add_argument("--markdown", type=Path, help="write the report there too")
@@ -73,7 +78,12 @@ def main(args: argparse.Namespace) -> int:
             result = "success" if o.success else "obeyed" if o.obeyed else "failed"
             print(f"seed {o.seed}: {o.said}: {result} after {o.seconds:.1f} s", file=sys.stderr, flush=True)
 
-    document = summary(evaluate(options, workers=args.workers, progress=progress))
+    if args.through_dds:
+        from vla_infer.sim.through_dds import evaluate_through_dds
+
+        document = summary(evaluate_through_dds(options, progress=progress))
+    else:
+        document = summary(evaluate(options, workers=args.workers, progress=progress))
     report = markdown(document)
     print(report, end="")
     if args.json:

@@ -223,9 +223,11 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [f"# {who}: {document['success']['of']} episodes from seed {options['seed']}", ""]
     swapped = " The instruction names another cube than the task's." if options["wrong_instruction"] else ""
     how = f"{document['device']}, {options['precision']}, " if options["policy"] else ""
+    taken = options["inference"]
+    takes = "what it takes" if taken is None else f"{1e3 * taken:.0f} ms"
     lines += [
         f"{how}scheduler {options['scheduler'] or 'of the contract'}, an inference takes "
-        f"{1e3 * (options['inference'] or 0):.0f} ms and {1e3 * options['latency']:.0f} ms are added, "
+        f"{takes} and {1e3 * options['latency']:.0f} ms are added, "
         f"split {options['split']}.{swapped}",
         "",
         "| task | success | 95 % interval | episodes |",
@@ -245,10 +247,13 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"- time to success, median: {'-' if seconds is None else f'{seconds:.2f} s'}",
         f"- mean squared jerk of the joints: {'-' if jerk is None else f'{jerk:.3g} rad²/s⁶'}",
-        f"- guard: {guard}, in {ticks} commands",
-        f"- commands that held the last position for want of a plan: {held}",
-        f"- inferences: {document['inferences']}, refused observations: {document['failed_inferences']}",
     ]
+    if ticks:  # what is counted only where scheduler and guard run in this process
+        lines += [
+            f"- guard: {guard}, in {ticks} commands",
+            f"- commands that held the last position for want of a plan: {held}",
+            f"- inferences: {document['inferences']}, refused observations: {document['failed_inferences']}",
+        ]
     return "\n".join(lines) + "\n"
 
 
