@@ -123,7 +123,7 @@ setup(
     install_requires=["numpy>=1.26", "PyYAML", "tokenizers"],
     extras_require={
         "images": ["opencv-python-headless"],  # compressed images; a ROS machine has python3-opencv
-        "page": ["aiohttp", "opencv-python-headless"],
+        "page": ["aiohttp>=3.9", "opencv-python-headless"],
         "bag": ["rosbags", "opencv-python-headless"],
         "lerobot": ["rosbags", "opencv-python-headless", "pyarrow", "av"],
         "reference": ["torch"],

@@ -41,15 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     with args.log.open("wb") as log:
         programs = Programs(log)
+        rows: list[str] = []
         try:
-            problem = _start(programs, args, contract) or watch(
-                contract, programs.ended, args.duration, dry_run=args.bag is not None, show=not args.no_page
-            )
+            problem = _start(programs, args, contract)
+            if not problem:
+                dry_run, show = args.bag is not None, not args.no_page
+                rows, problem = watch(contract, programs.ended, args.duration, dry_run=dry_run, show=show)
         except KeyboardInterrupt:
             problem = "stopped"
         finally:
             # The node first: its last command is a hold, and there is somebody to hear it.
             ends = programs.stop("node")
+    # Only now, for a view in this terminal draws over what is printed beside it.
+    for row in rows:
+        print(row)
     for name, (status, seconds) in ends.items():
         print(f"  {name + ' ended':<22}  {seconds:.2f} s after SIGINT, exit status {status}")
         if status and not problem:

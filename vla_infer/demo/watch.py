@@ -45,10 +45,13 @@ class _Listener:
         self.simulation = {item.key: item.value for item in message.values}
 
 
-def watch(contract: Contract, ended: Callable[[], str], duration: float, *, dry_run: bool, show: bool) -> str:
-    """Listen for `duration` seconds from the first command, 0 for no end but Ctrl-C, then print the table.
+def watch(
+    contract: Contract, ended: Callable[[], str], duration: float, *, dry_run: bool, show: bool
+) -> tuple[list[str], str]:
+    """Listen for `duration` seconds from the first command, 0 for no end but Ctrl-C.
 
-    ended: says which program ended by itself. show: a live line meanwhile. Returns what went wrong, or nothing.
+    ended: says which program ended by itself. show: a live line meanwhile. Returns the rows of the closing table, and
+    what went wrong or nothing.
     """
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
@@ -67,13 +70,13 @@ def watch(contract: Contract, ended: Callable[[], str], duration: float, *, dry_
             executor.spin_once(timeout_sec=0.05)
             problem = ended()
             if problem:
-                return problem
+                return [], problem
             now = time.monotonic()
             if first is None:
                 if listener.stamps:
                     first, listener.stamps = now, listener.stamps[-1:]
                 elif now > begun + START_LIMIT:
-                    return f"no command in the first {START_LIMIT:g} s"
+                    return [], f"no command in the first {START_LIMIT:g} s"
                 elif shown:
                     shown.show(partial("waiting for the node {:4.0f} s".format, now - begun))
                 continue
@@ -81,18 +84,18 @@ def watch(contract: Contract, ended: Callable[[], str], duration: float, *, dry_
                 shown.show(partial(_now, listener, contract.control_rate, now - first, duration))
     except KeyboardInterrupt:
         if first is None:
-            return "stopped before the first command"
+            return [], "stopped before the first command"
     finally:
         if shown:
             shown.end()
         ros.destroy_node()
         rclpy.shutdown(context=context)
     rows = table(ticks(listener.stamps, contract.control_rate), contract.control_rate, listener.diagnostics)
-    print("\n".join(rows + successes(listener.simulation)))
+    rows += successes(listener.simulation)
     seconds = min(duration or float("inf"), time.monotonic() - first) if first is not None else 0.0
-    if len(listener.stamps) < seconds * contract.control_rate / 2:
-        return f"{len(listener.stamps)} commands in {seconds:.0f} s: less than half of {contract.control_rate:g} Hz"
-    return ""
+    count, rate = len(listener.stamps), contract.control_rate
+    few = count < seconds * rate / 2
+    return rows, f"{count} commands in {seconds:.0f} s: less than half of {rate:g} Hz" if few else ""
 
 
 def _now(listener: _Listener, rate: float, elapsed: float, duration: float) -> str:
