@@ -370,31 +370,43 @@ def test_pages_and_connections_are_limited() -> None:
     asyncio.run(scenario())
 
 
-def _program(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "vla_infer.page", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+@pytest.fixture
+def program() -> Iterator[Any]:
+    """Starts the page as a program; whatever becomes of the test, it ends."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vla_infer.page", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
-def test_the_program_says_where_it_is_and_ends_with_a_signal() -> None:
-    program = _program("--ros-args", "-p", "contract:=so101", "-p", "port:=0")
-    assert program.stdout is not None
-    line = program.stdout.readline()
+def test_the_program_says_where_it_is_and_ends_with_a_signal(program: Any) -> None:
+    first = program("--ros-args", "-p", "contract:=so101", "-p", "port:=0")
+    assert first.stdout is not None
+    line = first.stdout.readline()
     assert line.startswith("page: http://127.0.0.1:")
-    assert os.getpriority(os.PRIO_PROCESS, program.pid) == 10
+    assert os.getpriority(os.PRIO_PROCESS, first.pid) == 10
     port = line.strip().rstrip("/").rpartition(":")[2]
-    second = _program("--ros-args", "-p", "contract:=so101", "-p", f"port:={port}")
+    second = program("--ros-args", "-p", "contract:=so101", "-p", f"port:={port}")
     _, said = second.communicate(timeout=20)
     assert second.returncode == 2
     assert said.count("\n") == 1
     assert "choose another port" in said
-    program.send_signal(signal.SIGINT)
-    output, said = program.communicate(timeout=20)
-    assert (program.returncode, output, said) == (0, "", "")
+    first.send_signal(signal.SIGINT)
+    output, said = first.communicate(timeout=20)
+    assert (first.returncode, output, said) == (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -419,11 +431,11 @@ def test_a_wrong_parameter_is_one_line(arguments: str, why: str) -> None:
         rclpy.shutdown(context=context)
 
 
-def test_the_terminal_view_is_a_line_a_second_where_it_is_no_terminal() -> None:
-    program = _program("--no-page", "--ros-args", "-p", "contract:=so101")
-    assert program.stdout is not None
-    lines = [program.stdout.readline() for _ in range(2)]
-    program.send_signal(signal.SIGTERM)
-    program.communicate(timeout=20)
-    assert program.returncode == 0
+def test_the_terminal_view_is_a_line_a_second_where_it_is_no_terminal(program: Any) -> None:
+    view = program("--no-page", "--ros-args", "-p", "contract:=so101")
+    assert view.stdout is not None
+    lines = [view.stdout.readline() for _ in range(2)]
+    view.send_signal(signal.SIGTERM)
+    view.communicate(timeout=20)
+    assert view.returncode == 0
     assert all(line == "OFFLINE  nothing heard from vla_node yet\n" for line in lines), lines
