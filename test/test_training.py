@@ -179,6 +179,41 @@ def test_gradient_against_finite_differences(tmp_path: Path) -> None:
         assert (high - low) / 2e-5 == pytest.approx(slope, rel=1e-4, abs=1e-8), name
 
 
+def test_the_velocity_from_actions_to_noise_has_no_loss(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop goes from noise at time 1 by -velocity: what is learnt has to lead it to the actions at time 0."""
+    batch = setup.batches.draw(3)
+    noise, times = setup.objective.draw(batch, 2, setup.batches.generator)
+    values = torch.zeros(3, 4 * 2 + PLACES + 1, 64)
+
+    def perfect(
+        _: object, batch: Batch, noisy: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        t = times[..., None, None] / TIME_STEPS
+        velocity = noise - batch.actions
+        assert torch.allclose(noisy - t * velocity, batch.actions.expand_as(noisy), atol=1e-5)
+        assert torch.allclose(noisy + (1 - t) * velocity, noise, atol=1e-5)
+        return velocity, values
+
+    monkeypatch.setattr(setup.objective, "_run", perfect)
+    losses = setup.objective.losses(setup.parameters, batch, noise, times, goal_weight=1.0)
+    assert float(losses.flow) == 0.0
+    # A readout of nothing: the cube's distance from the origin, and a blind guess among the tokens.
+    assert float(losses.goal) == pytest.approx(float((10 * batch.goal).square().mean()), rel=1e-5)
+    assert float(losses.pointing) == pytest.approx(np.log(4), rel=1e-5)
+
+
+def test_times_are_those_of_smolvla(setup: Setup) -> None:
+    """0.001 + 0.999 Beta(1.5, 1): its mean is 0.6, and a quarter is below 0.25^(2/3) = 0.397."""
+    batch = setup.batches.draw(8)
+    _, times = setup.objective.draw(batch, 1000, setup.batches.generator)
+    assert int(times.min()) >= 1
+    assert int(times.max()) <= TIME_STEPS
+    assert float(times.float().mean()) / TIME_STEPS == pytest.approx(0.6, abs=0.02)
+    assert float((times < 397).float().mean()) == pytest.approx(0.25, abs=0.02)
+
+
 def test_rows_beyond_the_episode_do_not_count(setup: Setup) -> None:
     batch = setup.batches.draw(4)
     noise, times = setup.objective.draw(batch, 1, setup.batches.generator)
