@@ -157,7 +157,8 @@ class Trainer:
     def load(self, path: Path, batches: Batches) -> None:
         """Go on from a saved state. Raises TrainingError where it is of another plan or other sizes."""
         try:
-            state: dict[str, Any] = torch.load(path, map_location=self._objective.device, weights_only=True)
+            # To the host first: the optimiser counts its steps there, and moves the rest where it belongs.
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise TrainingError(f"{path}: not a training state ({error}); delete it to begin anew") from None
         fits = {name: tuple(value.shape) for name, value in state["parameters"].items()} == {
@@ -171,5 +172,5 @@ class Trainer:
                 value.copy_(state["parameters"][name])
                 self.average[name].copy_(state["average"][name])
         self._optimiser.load_state_dict(state["optimiser"])
-        batches.generator.set_state(state["generator"].cpu())
+        batches.generator.set_state(state["generator"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
