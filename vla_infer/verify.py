@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import PRECISIONS, Engine
 from vla_infer.errors import CheckpointError
+from vla_infer.inputs import TapeObservation, empty_inputs, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.policy import weight_reader
 from vla_infer.processors import build_processors
@@ -85,36 +86,18 @@ class Verification:
         """Inputs of a golden run; `masked` is the ending of the names of its masks ("_b")."""
         g, s = self.golden, self.sizes
         encoded = self.processors.encode(g["raw_state"], self.meta["task"])
-        tokens = encoded.tokens
-        present = (True,) * s.cameras
+        tokens, images = encoded.tokens, list(g["frames"])
         if masked:
-            present = tuple(bool(b) for b in g[f"image_mask{masked}"].ravel())
+            images = [i if b else None for i, b in zip(images, g[f"image_mask{masked}"].ravel(), strict=True)]
             tokens = tokens[: int(g[f"lang_mask{masked}"].sum())]
-        frames = g["frames"]
-        height, width = frames.shape[1:3]
-        geometry = np.array([s.vision.geometry(height, width, 3 * width)] * s.cameras, np.int32)
-        geometry[:, 7] = present
-        places = tape.inputs["tokens"].rows
-        padded = np.zeros((places, 1), np.int32)
-        padded[: len(tokens), 0] = tokens
-        state = np.zeros((1, s.state_dim), np.float32)
-        state[0, : len(encoded.state)] = encoded.state
-        shape = tape.inputs["rtc_previous"]
-        guide: dict[str, Array] = {n: np.zeros((t.rows, t.cols), np.float32) for n, t in tape.inputs.items()
-                                   if n.startswith("rtc_")}  # fmt: skip
+        guide: Mapping[str, npt.NDArray[np.float32]] = {}
         if rtc is not None:
-            guide = dict(
-                tape_inputs(rtc, rtc.previous, horizon=shape.rows, width=shape.cols, steps=tape.steps)
-            )
-        index = self.model.index_inputs(s, prompt=places, tokens=len(tokens), present=present)
-        values = {
-            "frames": frames.reshape(s.cameras, -1),
-            "geometry": geometry,
-            "tokens": padded,
-            "state": state,
-        }
-        values |= {"actions": g[noise][0], **guide, **index}
-        return {name: values[name] for name in tape.inputs}
+            shape = tape.inputs["rtc_previous"]
+            guide = tape_inputs(rtc, rtc.previous, horizon=shape.rows, width=shape.cols, steps=tape.steps)
+        values = empty_inputs(tape)
+        seen = TapeObservation(images, encoded.state, tokens, g[noise][0], guide)
+        fill_inputs(values, self.model, s, seen)
+        return values
 
     def stages(self, run: Run) -> Iterator[tuple[str, float]]:
         """(stage, relative error) of everything that the golden file has."""
