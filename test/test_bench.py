@@ -284,7 +284,7 @@ def test_a_tape_that_cannot_be_rendered_is_refused() -> None:
     with pytest.raises(EngineError, match="after the denoising loop"):
         Nothing(t).walk()
     with pytest.raises(EngineError, match="rows 0 to 1 are read before they are written"):
-        Nothing(t).read(t.temp("y", (1, 8)), 0)
+        Nothing(t).read(t.temp("y", (1, 8)))
 
 
 def test_pictures_of_two_sizes_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""ONNX models on disk: nodes, and weights in one file beside them that several models may share."""
+"""An ONNX model on disk: nodes, and weights in a file beside them."""
 
 from __future__ import annotations
 
@@ -86,19 +86,6 @@ def save(
     graph = helper.make_graph(kept[::-1], path.stem, inputs, outputs, used)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR), str(path))
-
-
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's outputs, where ONNX can tell (it does not know ONNX Runtime's own operators)."""
-    inferred = onnx.shape_inference.infer_shapes(
-        onnx.load(str(path), load_external_data=False), data_prop=True
-    )
-    found = {}
-    for o in inferred.graph.output:
-        dims = [d.dim_value for d in o.type.tensor_type.shape.dim]
-        if o.type.tensor_type.HasField("shape") and all(dims):
-            found[o.name] = tuple(dims)
-    return found
 
 
 def quantized(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

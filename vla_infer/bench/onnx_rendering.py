@@ -2,7 +2,7 @@
 
 Float32, or int8 weights: for ONNX Runtime `DynamicQuantizeMatMul` (rows quantised as they come, int8 products), for
 OpenVINO `DequantizeLinear` in front of a product, which it keeps as compressed weights. The denoising loop is
-unrolled, an ONNX `Loop`, or a second model that is called once a step; see `LOOPS`.
+an ONNX `Loop`: unrolled, or a model of its own called once a step, was nowhere faster.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from onnx import helper
 
-from vla_infer.bench.onnx_file import Nodes, WeightFile, info, quantized, save, shapes
+from vla_infer.bench.onnx_file import Nodes, WeightFile, info, quantized, save
 from vla_infer.bench.peers import Job
 from vla_infer.bench.rendering import LOAD, ONCE, STEP, Renderer, Value, picture
 from vla_infer.safetensors_io import to_float32
 from vla_infer.tape import ACTIVATIONS, NORMS, Buffer, Op, Tape, Tensor
 
-LOOPS = ("unrolled", "loop", "step")
 _UNSEEN = -1e30  # of a score; bfloat16 has it too
 
 ReadWeight = Callable[[str], npt.NDArray[np.generic]]
@@ -33,25 +32,19 @@ Operands = dict[str, Value]
 
 @dataclass(frozen=True)
 class Dialect:
-    """What a peer likes. contrib: ONNX Runtime's own fused operators; int8: weights in int8; loop: one of `LOOPS`."""
+    """What a peer likes. contrib: ONNX Runtime's own fused operators; int8: weights in int8."""
 
     contrib: bool
     int8: bool
-    loop: str
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Models on disk. `step` is None unless the loop is outside: then `main` gives `crossing`, the first of which is
-    what step 0 starts from (`x`), and `step` takes x, the number of the step, the rest of them and the inputs in
-    `given`, and gives the next x."""
+    """A model on disk, with the names of what it takes and gives."""
 
-    main: Path
-    step: Path | None
+    path: Path
     inputs: tuple[str, ...]
     output: str
-    crossing: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -60,7 +53,7 @@ def exported(job: Job, dialect: Dialect) -> Iterator[Exported]:
     with tempfile.TemporaryDirectory(dir=job.scratch) as name:
         folder, geometry = Path(name), job.inputs(0)["geometry"]
         renderer = OnnxRenderer(job.tape, job.read, dialect, geometry=geometry, weights=WeightFile(folder))
-        yield renderer.export(folder, "tape")
+        yield renderer.export(folder / "tape.onnx")
 
 
 class OnnxRenderer(Renderer):
@@ -75,7 +68,7 @@ class OnnxRenderer(Renderer):
         geometry: npt.NDArray[np.int32],
         weights: WeightFile,
     ) -> None:
-        super().__init__(tape, unrolled=dialect.loop == "unrolled")
+        super().__init__(tape)
         self.dialect = dialect
         self.geometry = geometry
         self._weight = read
@@ -86,43 +79,15 @@ class OnnxRenderer(Renderer):
         self._first: Value | None = None
         self._count = 0
 
-    def export(self, folder: Path, name: str) -> Exported:
-        """Write the model or models beside the weights."""
+    def export(self, path: Path) -> Exported:
+        """Write the model."""
         result = self.walk()["actions"]
         t = self.tape.outputs["actions"]
-        shape, initializers = (t.rows, t.cols), self._main.initializers
-        inputs, paths = (
-            tuple(i.name for i in self._inputs),
-            (folder / f"{name}.onnx", folder / f"{name}_step.onnx"),
-        )
-        if self.dialect.loop != "step" or self._first is None:
-            if self._first is not None:
-                result = self._looped(result, shape)
-            ends = (self._inputs, [info(result.handle, "f32", shape)])
-            save(self._main.nodes, initializers.values(), ends, paths[0])
-            return Exported(paths[0], None, inputs, result.handle)
-        crossing, given = self._crossing()
-        outs = [info(n, d, None) for n, d in crossing.items()]
-        save(self._main.nodes, initializers.values(), (self._inputs, outs), paths[0])
-        known = shapes(paths[0])
-        ins = [info("x", "f32", shape), info("step", "i64", ())]
-        ins += [info(n, d, known.get(n)) for n, d in list(crossing.items())[1:]]
-        ins += [i for i in self._inputs if i.name in given]
-        outs = [info(result.handle, "f32", shape)]
-        save(self._body.nodes, initializers.values(), (ins, outs), paths[1])
-        return Exported(*paths, inputs, result.handle, tuple(crossing), given)
-
-    def _crossing(self) -> tuple[dict[str, str], tuple[str, ...]]:
-        """Names that the body reads from outside and their types, what the loop starts from first; and the inputs
-        that it reads."""
-        assert self._first is not None
-        types = {v.handle: v.dtype for v in self._made.values() if isinstance(v, Value)}
-        inside = {"x", "step", "", *(o for n in self._body.nodes for o in n.output), *self._main.initializers}
-        read = dict.fromkeys(i for n in self._body.nodes for i in n.input if i not in inside)
-        inputs = [i.name for i in self._inputs]
-        first = self.node("Identity", self._first, dtype="f32").handle
-        crossing = {first: "f32"} | {name: types[name] for name in read if name not in inputs}
-        return crossing, tuple(name for name in read if name in inputs)
+        if self._first is not None:
+            result = self._looped(result, (t.rows, t.cols))
+        ends = (self._inputs, [info(result.handle, "f32", (t.rows, t.cols))])
+        save(self._main.nodes, self._main.initializers.values(), ends, path)
+        return Exported(path, tuple(i.name for i in self._inputs), result.handle)
 
     def _looped(self, result: Value, shape: tuple[int, int]) -> Value:
         assert self._first is not None
@@ -154,7 +119,6 @@ class OnnxRenderer(Renderer):
             place = self._body if level == STEP else self._main
             place.nodes.append(helper.make_node(kind, names, outs, outs[0], domain=domain, **attrs))
             self._made[key] = made if outputs > 1 else made[0]
-            self._made.update({("out", v.handle): v for v in made})
         return self._made[key]
 
     def array(self, key: object, values: npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]) -> Value:

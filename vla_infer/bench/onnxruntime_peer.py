@@ -24,7 +24,7 @@ def peers(job: Job, precision: str, name: str) -> Iterator[Peer | Refused]:
     if precision in WHY_NOT:
         yield Refused(NAME, WHY_NOT[precision])
         return
-    with exported(job, Dialect(contrib=True, int8=precision == "int8", loop="loop")) as model:
+    with exported(job, Dialect(contrib=True, int8=precision == "int8")) as model:
         yield Peer(NAME, precision, _ready(model, job, precision))
 
 
@@ -35,7 +35,7 @@ def _ready(model: Exported, job: Job, precision: str) -> Callable[[int], npt.NDA
     options.log_severity_level = 3
     # Its threads spin between operations, as they do by default, but not on while the engine has its turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session: Any = ort.InferenceSession(str(model.main), options, providers=["CPUExecutionProvider"])
+    session: Any = ort.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
 
     def call(i: int) -> npt.NDArray[np.float32]:
         inputs = job.inputs(i)

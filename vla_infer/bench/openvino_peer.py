@@ -21,7 +21,7 @@ def peers(job: Job, precision: str, name: str) -> Iterator[Peer | Refused]:
     if job.device.startswith("cuda"):
         yield Refused(NAME, "compared on --device cpu only")
         return
-    with exported(job, Dialect(contrib=False, int8=precision == "int8", loop="loop")) as model:
+    with exported(job, Dialect(contrib=False, int8=precision == "int8")) as model:
         yield Peer(NAME, precision, _ready(model, job, precision))
 
 
@@ -33,7 +33,7 @@ def _ready(model: Exported, job: Job, precision: str) -> Callable[[int], npt.NDA
         "INFERENCE_PRECISION_HINT": HINTS[precision],
     }
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(str(model.main)), "CPU", options)
+    compiled = core.compile_model(core.read_model(str(model.path)), "CPU", options)
     request = compiled.create_infer_request()
 
     def call(i: int) -> npt.NDArray[np.float32]:

@@ -46,15 +46,14 @@ class _Piece:
 
 class Renderer(ABC):
     """Walks a tape. A subclass says how its peer writes each operation: a method `op_<kind>(op, operands)` that
-    gives what the operation writes, by operand name, and those below.
+    gives what the operation writes, by operand name, and those below. The loop's body is rendered once.
 
-    unrolled: the loop's body once for each step instead of once. Raises EngineError for what no tape of the models
-    has: operations after the loop, or more than one value carried from step to step.
+    Raises EngineError for what no tape of the models has: operations after the loop, or more than one value carried
+    from step to step.
     """
 
-    def __init__(self, tape: Tape, *, unrolled: bool = False) -> None:
+    def __init__(self, tape: Tape) -> None:
         self.tape = tape
-        self.unrolled = unrolled
         self._pieces: dict[int, list[_Piece]] = {}
 
     # ------------------------------------------------------- what a peer gives
@@ -88,8 +87,7 @@ class Renderer(ABC):
 
     # ------------------------------------------------------------------ walking
     def walk(self) -> dict[str, Value]:
-        """Render every operation; the tape's outputs. With a rolled loop, the output that is carried is what one step
-        makes of it."""
+        """Render every operation; the tape's outputs: that which is carried as one step leaves it."""
         for name, t in self.tape.inputs.items():
             self._pieces[t.buffer.id] = [_Piece(0, t.rows, self.input(name, t))]
         looped = [i for i, op in enumerate(self.tape.ops) if op.loop]
@@ -97,33 +95,28 @@ class Renderer(ABC):
         if any(not op.loop for op in self.tape.ops[first:]):
             raise EngineError("bench: operations after the denoising loop cannot be rendered for a peer")
         for op in self.tape.ops[:first]:
-            self._render(op, 0)
+            self._render(op)
         body = self.tape.ops[first : last + 1]
-        if self.unrolled:
-            for step in range(self.tape.steps):
-                for op in body:
-                    self._render(op, step)
-        elif body:
+        if body:
             start = _carried(body)
             whole = Tensor(start, 0, 0, start.rows, start.cols)
-            self._pieces[start.id] = [_Piece(0, start.rows, self.carried(self.read(whole, 0)))]
+            self._pieces[start.id] = [_Piece(0, start.rows, self.carried(self.read(whole)))]
             for op in body:
-                self._render(op, 0)
-        return {name: self.read(t, 0) for name, t in self.tape.outputs.items()}
+                self._render(op)
+        return {name: self.read(t) for name, t in self.tape.outputs.items()}
 
-    def read(self, t: Tensor, step: int) -> Value:
+    def read(self, t: Tensor) -> Value:
         """The value of a view, put together from the pieces that its buffer has."""
-        first = t.row + (step * t.step if self.unrolled else 0)
         if t.buffer.kind in ("param", "constant"):
             pieces = [_Piece(0, t.buffer.rows, self.stored(t.buffer))]
         else:
             pieces = self._pieces.get(t.buffer.id, [])
-        if t.step and not self.unrolled:
+        if t.step:
             if len(pieces) != 1 or t.rows != 1:
                 raise EngineError(f"bench: {t.buffer.name}: expected one row a step of a whole buffer")
-            value = self.row_of_step(pieces[0].value, first)
+            value = self.row_of_step(pieces[0].value, t.row)
         else:
-            value = self._rows(t.buffer, pieces, first, first + t.rows)
+            value = self._rows(t.buffer, pieces, t.row, t.row + t.rows)
         if (t.col, t.cols) != (0, t.buffer.cols):
             value = self.cut(value, 1, t.col, t.col + t.cols)
         return value
@@ -158,9 +151,9 @@ class Renderer(ABC):
                     kept.append(_Piece(low, high - low, part))
         self._pieces[t.buffer.id] = sorted(kept, key=lambda p: p.row)
 
-    def _render(self, op: Op, step: int) -> None:
+    def _render(self, op: Op) -> None:
         reads = op.reads
-        operands = {name: self.read(t, step) for name, t in op.operands.items() if t in reads}
+        operands = {name: self.read(t) for name, t in op.operands.items() if t in reads}
         results: Mapping[str, Value] = getattr(self, f"op_{op.kind}")(op, operands)
         for name, value in results.items():
             self._write(op.operands[name], value)
