@@ -46,7 +46,13 @@ demo: build $(BAG)
 	$(IN_VENV) python -m vla_infer.demo --policy $(POLICY) --contract $(CONTRACT) $(if $(BAG),--bag $(BAG)) \
 		--duration $(DURATION) --port $(PORT) $(VIEW) --profile config/fastdds.xml --log $(BUILD)/demo.log
 
-test: lint pytest colcon
+# Five minutes of the soak pass beside the tests; it ends early when they fail, and they fail when it does.
+test: build $(VENV)/.test
+	@mkdir -p $(BUILD)
+	@$(IN_VENV) nice python test/soak.py --minutes 5 --rate 5 >$(BUILD)/soak.log 2>&1 & soak=$$!; \
+	trap 'kill $$soak 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
+	$(MAKE) --no-print-directory lint pytest colcon || exit; \
+	echo "soak of five minutes:"; wait $$soak; ended=$$?; cat $(BUILD)/soak.log; exit $$ended
 
 build: $(VENV)/.engine
 

@@ -159,8 +159,8 @@ def patient_contract(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-def until(condition: Callable[[], Any], *, timeout: float = 8.0, what: str = "condition") -> None:
-    """Wait for `condition`; the time-out only bounds a failure."""
+def until(condition: Callable[[], Any], *, timeout: float = 60.0, what: str = "condition") -> None:
+    """Wait for `condition`; the time-out only bounds a failure, also on a machine with much else to do."""
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {timeout} s"

@@ -59,6 +59,8 @@ def main() -> int:
     parser.add_argument("--policy", default=str(HERE / "golden" / "smolvla"))
     parser.add_argument("--rate", type=float, help="inferences a second at most (default: as many as can be)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("soak: ended early"))
+    os.environ.setdefault("ROS_DOMAIN_ID", "101")  # none that a test beside it has
     # A busy machine may keep an inference waiting for long; what this looks for does not depend on that.
     options: dict[str, object] = {"failsafe": {"inference_timeout": 60.0}}
     if args.rate is not None:

@@ -83,7 +83,7 @@ class Busy(StandIn):
 def load(path: str, **options: Any) -> StandIn:
     """The policy parameter names the behaviour; `busy 0.3` keeps all processors busy for that many seconds."""
     if path == "slow_load":
-        time.sleep(30.0)
+        time.sleep(3600.0)
     if path.startswith("busy "):
         return Busy(float(path.split()[1]))
     return StandIn(path)

@@ -277,9 +277,10 @@ def test_lifecycle_there_and_back(make: Any) -> None:
     harness.run()
     until(lambda: len(harness.values(DRY)) > 5, what="commands")
     assert harness.do(harness.node.trigger_deactivate) == "SUCCESS"
-    time.sleep(0.1)
+    until(
+        lambda: (harness.values(DRY)[-1] == harness.values(DRY)[-2]).all(), what="a hold as the last message"
+    )
     sent = harness.values(DRY)
-    np.testing.assert_array_equal(sent[-1], sent[-2])  # the last message is a hold
     calls = len(harness.policy.calls)
     time.sleep(0.2)
     assert len(harness.values(DRY)) == len(sent)
@@ -304,15 +305,14 @@ def test_lifecycle_there_and_back(make: Any) -> None:
 
 
 def test_cleanup_does_not_wait_for_an_inference(make: Any) -> None:
-    harness = make("slow")
+    harness = make("hangs")
     harness.start()
     harness.robot.feed()
     until(lambda: harness.policy.calls, what="inference")
-    began = time.monotonic()
     assert harness.do(harness.node.trigger_deactivate) == "SUCCESS"
     assert harness.do(harness.node.trigger_cleanup) == "SUCCESS"
-    assert time.monotonic() - began < 2.0  # the inference takes three
     assert not harness.policy.closed  # not under a running inference
+    harness.policy.released.set()
     until(lambda: harness.policy.closed, what="close after the inference")
     assert not harness.values(DRY)
 
@@ -429,10 +429,9 @@ def test_two_outputs_and_a_velocity_that_ends_in_zero(make: Any, tmp_path: Path)
     until(lambda: harness.values("/base_dry")[-1][0] > 5, what="velocity")
     assert harness.robot.commands["/base_dry"][-1][1].header.frame_id == "base_link"
     assert harness.do(harness.node.trigger_deactivate) == "SUCCESS"
-    time.sleep(0.1)
-    np.testing.assert_array_equal(harness.values("/base_dry")[-1], np.zeros(6))
+    until(lambda: not harness.values("/base_dry")[-1].any(), what="zero velocity as the last message")
+    until(lambda: (harness.values("/arm_dry")[-1] == harness.values("/arm_dry")[-2]).all(), what="a hold")
     arm = harness.values("/arm_dry")
-    np.testing.assert_array_equal(arm[-1], arm[-2])
     assert arm[-1][0] > 0
 
 

