@@ -68,7 +68,7 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     on_cpu = setup.device.startswith("cpu")
     want, yardstick = (None, "")
     if plan.baselines:
-        want, yardstick = expected(tape, read, sets[0])
+        want, yardstick = expected(tape, read, sets[0], device=setup.device)
     ceilings = None
     if on_cpu:
         ceilings = measure_ceilings(setup.precision, device=setup.device, threads=setup.threads or 1)
@@ -119,13 +119,15 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     return report
 
 
-def expected(tape: Tape, read: ReadWeight, inputs: Arrays) -> tuple[Actions, str]:
-    """Actions of a set of inputs, and who says so: the reference executor in float32, or the engine in float32 on
-    its plainest kernels where PyTorch is not installed."""
+def expected(tape: Tape, read: ReadWeight, inputs: Arrays, *, device: str = "cpu") -> tuple[Actions, str]:
+    """Actions of a set of inputs, and who says so: the reference executor in float32 where `device` is, or the engine
+    in float32 on its plainest kernels where PyTorch is not installed."""
     if importlib.util.find_spec("torch"):
         from vla_infer.reference import ReferenceExecutor
 
-        actions = ReferenceExecutor(tape, read, "fp32").run(inputs)["actions"].astype(np.float32)
+        place = "cuda" if device.startswith("cuda") else "cpu"
+        executor = ReferenceExecutor(tape, read, "fp32", device=place)
+        actions = executor.run(inputs)["actions"].astype(np.float32)
         return actions, "the reference executor in float32"
     program = Engine([tape], read, device="cpu:generic", precision="fp32").programs[0]
     for name, values in inputs.items():

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_inductor_cache
 
 from vla_infer.bench.peers import Job, Peer, Refused, one_line
@@ -62,8 +63,10 @@ def _compiled(job: Job, renderer: TorchRenderer, precision: str, device: str) ->
     once, step = (torch.compile(graph, options=options) for graph in (renderer.once, renderer.step))
     call = calling(job, lambda inputs: renderer.run(inputs, once, step), device)
     try:
-        # A folder of its own: what a limit leaves half written there is met by nobody else.
-        with fresh_inductor_cache(dir=str(job.scratch)), time_limit(job.compile_limit):
+        # A folder of its own: what a limit leaves half written there is met by nobody else. One C++ compiler at a
+        # time, in this process: with a pool of them, libraries were seen to be loaded before they were whole.
+        alone = inductor_config.patch(compile_threads=1)
+        with alone, fresh_inductor_cache(dir=str(job.scratch)), time_limit(job.compile_limit):
             call(0)
     except TimeLimit:
         torch._dynamo.reset()
