@@ -37,6 +37,12 @@ vla::HostMatrix matrix(const py::array& a) {
           static_cast<int>(a.shape(1)), static_cast<int64_t>(a.strides(0) / a.itemsize())};
 }
 
+std::vector<vla::HostMatrix> matrices(const std::vector<py::array>& parts) {
+  std::vector<vla::HostMatrix> list;
+  for (const py::array& part : parts) list.push_back(matrix(part));
+  return list;
+}
+
 // A NumPy array over memory of the program; it keeps the program alive.
 py::array over(py::object owner, const void* data, const PlaceTuple& t) {
   const auto& [store, offset, rows, cols, ld, step, dtype] = t;
@@ -86,10 +92,15 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("arena_bytes", &vla::Engine::arena_bytes)
       .def("pack",
            [](vla::Engine& e, int packing, const std::vector<py::array>& parts, int rows) {
-             std::vector<vla::HostMatrix> matrices;
-             for (const py::array& part : parts) matrices.push_back(matrix(part));
+             const std::vector<vla::HostMatrix> given = matrices(parts);
              py::gil_scoped_release release;
-             return e.pack(static_cast<vla::Packing>(packing), matrices, rows);
+             return e.pack(static_cast<vla::Packing>(packing), given, rows);
+           })
+      .def("pack_int8",
+           [](vla::Engine& e, int packing, const std::vector<py::array>& parts) {
+             const std::vector<vla::HostMatrix> given = matrices(parts);
+             py::gil_scoped_release release;
+             return e.pack_int8(static_cast<vla::Packing>(packing), given);
            })
       .def("store", [](vla::Engine& e, const py::array& a,
                        int dtype) { return e.store(matrix(a), static_cast<DType>(dtype)); })

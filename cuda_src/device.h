@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,6 +54,10 @@ class Device {
   virtual void read(void* to, const std::byte* from, size_t bytes) = 0;
   // `rows` tells for how many rows of x the product is wanted first: the layout may depend on it.
   virtual Weight pack(Packing packing, const std::vector<HostMatrix>& parts, int rows) = 0;
+  // As pack(), as 8-bit integers with a scale for each row of W. Throws where the device has no int8.
+  virtual Weight pack_int8(Packing, const std::vector<HostMatrix>&) {
+    throw std::runtime_error("engine: precision: device '" + name() + "' has no int8, device 'cpu' has");
+  }
   // Bytes held for packed weights and allocations, scratch included.
   virtual size_t weight_bytes() const = 0;
   virtual size_t scratch_bytes() const = 0;

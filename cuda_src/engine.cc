@@ -87,7 +87,8 @@ Engine::~Engine() = default;
 std::string Engine::device_name() const { return impl_->device->name(); }
 DType Engine::act() const { return impl_->device->act(); }
 
-int Engine::pack(Packing packing, const std::vector<HostMatrix>& parts, int rows) {
+namespace {
+void check_parts(Packing packing, const std::vector<HostMatrix>& parts) {
   if (parts.empty()) throw std::invalid_argument("pack: expected at least one matrix");
   if (packing != Packing::kStacked && packing != Packing::kInterleaved)
     throw std::invalid_argument("pack: no such packing");
@@ -96,7 +97,20 @@ int Engine::pack(Packing packing, const std::vector<HostMatrix>& parts, int rows
                       (packing == Packing::kStacked || (part.n == parts[0].n && parts.size() == 2));
     if (!fits) throw std::invalid_argument("pack: matrices that do not go together");
   }
+}
+}  // namespace
+
+int Engine::pack(Packing packing, const std::vector<HostMatrix>& parts, int rows) {
+  check_parts(packing, parts);
   impl_->weights.push_back(impl_->device->pack(packing, parts, rows));
+  return static_cast<int>(impl_->weights.size()) - 1;
+}
+
+int Engine::pack_int8(Packing packing, const std::vector<HostMatrix>& parts) {
+  check_parts(packing, parts);
+  constexpr int kMost = 65000;  // 255 * 127 * k stays in 32 bits
+  if (parts[0].k > kMost) throw std::invalid_argument("pack: more columns than int8 sums hold");
+  impl_->weights.push_back(impl_->device->pack_int8(packing, parts));
   return static_cast<int>(impl_->weights.size()) - 1;
 }
 

@@ -36,7 +36,7 @@ print(*taken, count())
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_no_heap_allocation_in_100_inferences(tmp_path: Path, precision: str) -> None:
     """1 and 101 inferences take the same number of blocks from the heap: those of the Python call."""
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -63,6 +63,15 @@ def one_product(*, rows: int = 4) -> Tape:
     t = Tape()
     t.output("y", t.linear(t.input("x", (rows, 8), "f32"), Weight("w", 8, 8)))
     return t
+
+
+def test_threads_end_with_their_engine() -> None:
+    """However soon after its work an engine goes: a worker between two pieces of work must not miss it."""
+    t = Tape()
+    t.output("y", t.linear(t.input("x", (64, 256), "f32"), Weight("w", 256, 256)))
+    w = np.eye(256, dtype=np.float32)
+    for _ in range(300):
+        Engine([t], lambda _: w, threads=3).programs[0].run()
 
 
 def test_programs_share_weights() -> None:
@@ -96,7 +105,7 @@ def test_result_is_the_callers_own() -> None:
     [
         ({"device": "tpu"}, "expected 'cpu' or 'cuda', got 'tpu'"),
         ({"device": "cpu:mmx"}, "'cpu:mmx': this processor runs .*generic"),
-        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, got 'fp8'"),
+        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, int8, got 'fp8'"),
     ],
 )
 def test_refuses(options: dict[str, str], message: str) -> None:

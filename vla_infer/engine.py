@@ -22,7 +22,22 @@ Place = tuple[int, int, int, int, int, int, int]
 _ARENA, _TABLES = -1, -2
 _STACKED, _INTERLEAVED = 0, 1
 _PHASES = {"load": 0, "before": 1, "loop": 2, "after": 3}
-PRECISIONS = {"fp32": 4, "bf16": 2}
+# Bytes of an "act" value. In int8 activations are bfloat16 between operations; the products are 8-bit integers.
+PRECISIONS = {"fp32": 4, "bf16": 2, "int8": 2}
+
+
+def in_int8(op: Op) -> bool:
+    """Whether precision "int8" computes an operation in 8-bit integers.
+
+    Products whose left operand is an activation, and attention that masks nothing (the vision encoder's). Not: what
+    is computed once at load (tables), products with raw state or actions (float32 operands), the Euler step,
+    and weights that the model keeps (`Weight.keep`).
+    """
+    if op.kind == "attention":
+        return "q_block" not in op.operands
+    if op.at_load or op.kind not in ("linear", "gated_linear", "qkv"):
+        return False
+    return op.operands["x"].dtype == "act" and not any(w.keep for w in op.weights)
 
 
 class Program:
@@ -38,7 +53,10 @@ class Program:
             phase = "load" if op.at_load else "loop" if op.loop else "after" if after else "before"
             operands = {name: self._place(t) for name, t in op.operands.items()}
             weights = [engine._packed(op)] if op.weights else []
-            self._native.add(_PHASES[phase], op.kind, operands, weights, dict(op.attrs))
+            attrs = dict(op.attrs)
+            if op.kind == "attention" and engine.int8 and in_int8(op):
+                attrs["int8"] = 1
+            self._native.add(_PHASES[phase], op.kind, operands, weights, attrs)
         inputs = [(name, self._place(t)) for name, t in tape.inputs.items()]
         outputs = [(name, self._place(t)) for name, t in tape.outputs.items()]
         self._stages = [op.stage for op in tape.ops if not op.at_load]
@@ -93,7 +111,8 @@ class Engine:
     """Builds programs for tapes that share weights.
 
     `read` gives a tensor of the checkpoint by name, float32 or bfloat16 bits as uint16; it is asked once for each
-    use and the array is let go after packing. precision: "fp32" or "bf16". threads: None takes every processor.
+    use and the array is let go after packing. precision: "fp32", "bf16" or, on the CPU, "int8" (see `in_int8`).
+    threads: None takes every processor.
     Raises EngineError where the device is not to be had or cannot run an operation.
     """
 
@@ -110,11 +129,16 @@ class Engine:
             raise EngineError(
                 f"engine: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
             )
-        self._act_code = 1 if precision == "bf16" else 0
+        if precision == "int8" and device != "cpu" and not device.startswith("cpu:"):
+            raise EngineError(
+                f"engine: precision 'int8': device {device!r} does not have it: use 'cpu', or precision 'bf16'"
+            )
+        self.int8 = precision == "int8"
+        self._act_code = 0 if precision == "fp32" else 1
         self._read = read
         self._weights: dict[object, int] = {}
         self._tensors: dict[object, int] = {}
-        self._native = _engine.Engine(device=device, bf16=precision == "bf16", threads=threads or 0)
+        self._native = _engine.Engine(device=device, bf16=precision != "fp32", threads=threads or 0)
         layouts = [plan(tape, PRECISIONS[precision]) for tape in tapes]
         self._native.reserve(max(layout.arena_bytes for layout in layouts))
         self.programs = [Program(self, t, layout) for t, layout in zip(tapes, layouts, strict=True)]
@@ -139,14 +163,18 @@ class Engine:
 
     def _packed(self, op: Op) -> int:
         packing = _INTERLEAVED if op.kind == "gated_linear" else _STACKED
-        key = (packing, op.weights)
+        int8 = self.int8 and in_int8(op)
+        key = (packing, op.weights, int8)
         if key not in self._weights:
             rows = op.operands["h" if op.kind == "euler" else "x"].rows
             parts = [self._matrix(w) for w in op.weights]
             for w, part in zip(op.weights, parts, strict=True):
                 if part.shape != (w.n, w.k):
                     raise EngineError(f"engine: {w.name}: expected ({w.n}, {w.k}), got {part.shape}")
-            self._weights[key] = self._native.pack(packing, parts, rows)
+            native = self._native
+            self._weights[key] = (
+                native.pack_int8(packing, parts) if int8 else native.pack(packing, parts, rows)
+            )
         return self._weights[key]
 
     def _stored(self, t: Tensor) -> int:

@@ -324,7 +324,8 @@ def load_policy(
 
     Args:
         device: "cpu", "cuda" or "reference" (PyTorch, operation by operation: slow, to compare by).
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or, on a CPU, "int8": 8-bit integer products with a scale for each output of a
+            weight and for each row of activations, bfloat16 in between.
         num_steps: denoising steps; None takes what the checkpoint says.
         threads: of the CPU engine, None for one a processor.
         max_image: the largest picture (height, width) that `predict` will be given; only the product matters.

@@ -83,12 +83,16 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix (n, k) of the checkpoint that a product multiplies by: y = x W^T. `cols` picks columns of it."""
+    """A matrix (n, k) of the checkpoint that a product multiplies by: y = x W^T. `cols` picks columns of it.
+
+    keep: stays in bfloat16 where others are 8-bit integers: little work, and an error that every step repeats.
+    """
 
     name: str
     n: int
     k: int
     cols: tuple[int, int] | None = None
+    keep: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,19 @@ struct Context {
   Threads* threads = nullptr;
   std::byte* scratch = nullptr;  // as many bytes as scratch_bytes() asked for
   DType act = DType::kF32;       // of products' operands
+  bool alone = false;            // the calling thread does it all: less work than sharing it out costs
+
+  template <typename F>
+  void run(int items, const F& f) const {
+    if (!alone) return threads->run(items, f);
+    for (int i = 0; i < items; ++i) f(i, 0);
+  }
 };
 
 struct Kernels {
   const char* name;
-  int panel;  // columns of a packed panel
+  int panel;   // columns of a packed panel
+  int offset;  // added to the bytes of a left operand in int8
   void (*run)(const Op& op, const Context& context, int step);
   size_t (*scratch_bytes)(const Op& op, int threads, DType act);
 };
@@ -27,6 +35,7 @@ const Kernels& generic_kernels();
 #ifdef __x86_64__
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512vnni_kernels();
 const Kernels& avx512bf16_kernels();
 #endif
 

@@ -73,31 +73,44 @@ Threads::~Threads() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Threads::take(int thread) {
-  for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) call_(self_, item, thread);
+// Takes one item and does it; false where none is open. Whoever takes an item has seen the work it belongs
+// to: fork() opened it after writing that, and writes the next only when all items are done.
+bool Threads::take(int thread) {
+  int open = open_.load(std::memory_order_acquire);
+  do {
+    if (open <= 0) return false;
+  } while (
+      !open_.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel, std::memory_order_acquire));
+  call_(self_, items_ - open, thread);
+  if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1 && thread != 0) pending_.notify_one();
+  return true;
 }
 
 void Threads::fork(int items, Call call, const void* self) {
   call_ = call;
   self_ = self;
   items_ = items;
-  next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  pending_.store(items, std::memory_order_relaxed);
+  open_.store(items, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
-  take(0);
-  for (int looks = 0, left; (left = busy_.load(std::memory_order_acquire)) != 0;) {
+  while (take(0)) {
+  }
+  for (int looks = 0, left; (left = pending_.load(std::memory_order_acquire)) != 0;) {
     if (++looks < kLooks) {
       relax();
     } else {
-      busy_.wait(left, std::memory_order_acquire);
+      pending_.wait(left, std::memory_order_acquire);
     }
   }
 }
 
 void Threads::work(int thread) {
-  uint32_t seen = 0;
   for (;;) {
+    const uint32_t seen = epoch_.load(std::memory_order_acquire);
+    if (stop_) return;  // set before the epoch moved for the last time, so whoever has seen that sees this
+    while (take(thread)) {
+    }
     for (int looks = 0; epoch_.load(std::memory_order_acquire) == seen; ++looks) {
       if (looks < kLooks) {
         relax();
@@ -105,10 +118,6 @@ void Threads::work(int thread) {
         epoch_.wait(seen, std::memory_order_acquire);
       }
     }
-    ++seen;
-    if (stop_) return;
-    take(thread);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
   }
 }
 

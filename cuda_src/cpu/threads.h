@@ -1,5 +1,4 @@
-// A fork-join pool for one inference: the caller works too, workers are pinned, sleep when idle, allocate
-// nothing.
+// A fork-join pool for one inference: the caller works too, workers sleep when idle, nothing is allocated.
 #pragma once
 
 #include <atomic>
@@ -21,7 +20,8 @@ class Threads {
 
   int count() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls f(item, thread) for item in [0, items), handed out one by one; returns when all are done.
+  // Calls f(item, thread) for item in [0, items), handed out one by one; returns when all are done. A worker
+  // that is late is not waited for: what it would have done, the others do.
   template <typename F>
   void run(int items, const F& f) {
     if (items <= 1 || workers_.empty()) {
@@ -38,16 +38,17 @@ class Threads {
 
   void fork(int items, Call call, const void* self);
   void work(int thread);
-  void take(int thread);
+  bool take(int thread);
 
   std::vector<std::thread> workers_;
+  // The work in hand. Written only while no item is open or under way, read only by who has taken an item.
   Call call_ = nullptr;
   const void* self_ = nullptr;
   int items_ = 0;
-  alignas(64) std::atomic<int> next_{0};
-  alignas(64) std::atomic<int> busy_{0};
+  alignas(64) std::atomic<int> open_{0};     // items that nobody has taken
+  alignas(64) std::atomic<int> pending_{0};  // items that are not done
   alignas(64) std::atomic<uint32_t> epoch_{0};
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
 };
 
 }  // namespace vla

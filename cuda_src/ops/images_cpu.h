@@ -19,7 +19,7 @@ template <typename T>
 void run_image_patches(const ImagePatches& op, const Context& c, int step) {
   const int p = op.patch, across = op.width / p, down = op.height / p;
   // An item is a row of patches: `across` rows of out.
-  c.threads->run(op.frames.rows * down, [&](int item, int) {
+  c.run(op.frames.rows * down, [&](int item, int) {
     const int camera = item / down, band = item % down;
     const int32_t* g = op.geometry.at<const int32_t>(step) + camera * op.geometry.ld;
     const int h = g[0], w = g[1], stride = g[2], new_h = g[3], new_w = g[4], top = g[5], left = g[6];
@@ -57,7 +57,7 @@ void run_image_patches(const ImagePatches& op, const Context& c, int step) {
 template <typename T>
 void run_space_to_depth(const SpaceToDepth& op, const Context& c, int step) {
   const int f = op.factor, d = op.x.cols, across = op.width / f, down = op.height / f;
-  c.threads->run(op.out.rows, [&](int item, int) {
+  c.run(op.out.rows, [&](int item, int) {
     const int batch = item / (across * down), y = item / across % down, x = item % across;
     for (int i = 0; i < f * f; ++i) {
       const int row = (batch * op.height + y * f + i / f) * op.width + x * f + i % f;
@@ -68,7 +68,7 @@ void run_space_to_depth(const SpaceToDepth& op, const Context& c, int step) {
 
 template <typename T>
 void run_embed(const Embed& op, const Context& c, int step) {
-  c.threads->run(op.tokens.rows, [&](int item, int) {
+  c.run(op.tokens.rows, [&](int item, int) {
     int token = op.tokens.at<const int32_t>(step)[item * op.tokens.ld];
     if (token < 0 || token >= op.table.rows) token = 0;
     const T* row = op.table.at<const T>(step) + static_cast<int64_t>(token) * op.table.ld;

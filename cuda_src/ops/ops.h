@@ -52,6 +52,7 @@ struct Qkv {
 struct Attention {
   View q, k, v, q_block, k_block, out;
   int head_dim = 0, batch = 1;
+  bool int8 = false;  // q and k by row, v by column and the probabilities as 8-bit integers
 };
 
 // out (batch * height * width / f^2, d * f^2): norm(x), then squares of f x f rows of the grid become one

@@ -31,6 +31,7 @@ class Reader {
     attrs_.erase(it);
     return value;
   }
+  bool flag(const std::string& name) { return attrs_.count(name) && integer(name, 0, 1) == 1; }
   int integer(const std::string& name, int least = 0, int most = 1 << 30) {
     const double value = attr(name);
     if (!(value >= least && value <= most) || value != static_cast<int>(value))
@@ -142,6 +143,8 @@ Attention attention(Reader& r) {
   op.out = r.need("out");
   op.head_dim = r.integer("head_dim");
   op.batch = r.integer("batch");
+  op.int8 = r.flag("int8");
+  if (op.int8 && op.head_dim > 1024) r.fail("int8 takes heads of up to 1024 columns");
   r.type(op.q_block, DType::kI32, "q_block");
   r.type(op.k_block, DType::kI32, "k_block");
   return op;

@@ -26,11 +26,12 @@ void rotate_rows(const View& v, const Qkv& op, int step, int first, int last) {
   }
 }
 
-template <typename T>
+// Q: what the product reads, T: what q, k and v are.
+template <typename Q, typename T>
 void run_qkv(const Qkv& op, const Context& c, int step) {
-  const Left<T> a = left_operand<T>(op.x, op.norm, c, step);
+  const Left<Q> a = left_operand<Q>(op.x, op.norm, c, step);
   const int k = op.x.cols, m = op.x.rows;
-  const T* w = static_cast<const T*>(op.w.data);
+  const Q* w = static_cast<const Q*>(op.w.data);
   const View* const outs[3] = {&op.q, &op.k, &op.v};
   const View* const biases[3] = {&op.q_bias, &op.k_bias, &op.v_bias};
   int first[3], total = 0;  // each part begins at a panel of its own
@@ -38,21 +39,24 @@ void run_qkv(const Qkv& op, const Context& c, int step) {
     first[part] = total;
     total += *outs[part] ? panels(outs[part]->cols) : 0;
   }
-  for_tiles(m, total, c, [&](int row, int rows, int panel, int) {
+  for_tiles(m, a, total, c, [&](int row, int rows, int panel) {
     int part = 2;
     while (!*outs[part] || panel < first[part]) --part;
-    const View& out = *outs[part];
-    const int n = out.cols, col = (panel - first[part]) * kPanel, width = n - col < kPanel ? n - col : kPanel;
+    const View &out = *outs[part], &given = *biases[part];
+    const int col = (panel - first[part]) * kPanel;
     float tile[kRows * kPanel];
-    product_tile(rows, a.data + row * a.ld, a.ld, w + panel * panel_size<T>(k), k, tile);
+    product_tile(rows, a, row, w + panel * panel_size<Q>(k), k, tile);
+    Columns bias{};
+    if (given) bias = columns(given, step, col, out.cols);
     for (int i = 0; i < rows; ++i) {
-      if (*biases[part]) add_some(*biases[part], step, 0, col, tile + i * kPanel, width);
-      store_some(out, step, row + i, col, tile + i * kPanel, width);
+      for (int h = 0; h < 2; ++h) {
+        store_part(out, step, row + i, col, h, load(tile + i * kPanel + h * kLanes) + bias.v[h]);
+      }
     }
   });
   if (!op.rope) return;
   constexpr int kRowsAtOnce = 8;
-  c.threads->run((m + kRowsAtOnce - 1) / kRowsAtOnce, [&](int item, int) {
+  c.run((m + kRowsAtOnce - 1) / kRowsAtOnce, [&](int item, int) {
     const int from = item * kRowsAtOnce, to = from + kRowsAtOnce < m ? from + kRowsAtOnce : m;
     for (int part = 0; part < 2; ++part) {
       if (*outs[part]) rotate_rows<T>(*outs[part], op, step, from, to);

@@ -81,7 +81,8 @@ class ActionTimeMlp:
     def __init__(self, t: Tape, times: Tensor, width: int) -> None:
         name = "model.action_time_mlp_in"
         self.t, self.width = t, width
-        self.of_action = Weight(f"{name}.weight", width, width, (0, width))
+        self.of_action = Weight(f"{name}.weight", width, width, (0, width), keep=True)
+        self.out = Weight("model.action_time_mlp_out.weight", width, width, keep=True)
         of_time = Weight(f"{name}.weight", width, width, (width, 2 * width))
         bias = t.temp("time_bias", (times.rows, width), "f32")
         self.bias = t.linear(times, of_time, bias=t.param(f"{name}.bias", (1, width)), out=bias)
@@ -89,4 +90,6 @@ class ActionTimeMlp:
     def __call__(self, actions: Tensor, loop: Loop) -> Tensor:
         x = affine(self.t, actions, "model.action_in_proj", self.width)
         x = self.t.linear(x, self.of_action, bias=self.bias.at(loop), act="silu")
-        return affine(self.t, x, "model.action_time_mlp_out", self.width)
+        return self.t.linear(
+            x, self.out, bias=self.t.param("model.action_time_mlp_out.bias", (1, self.width))
+        )
