@@ -88,6 +88,10 @@ Left<T> left_operand(const View& x, const Norm& norm, const Context& c, int step
   c.run((x.rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int item, [[maybe_unused]] int thread) {
     for (int i = item * kRowsAtOnce; i < x.rows && i < (item + 1) * kRowsAtOnce; ++i) {
       if constexpr (sizeof(T) == 1) {
+        if (norm.kind == NormKind::kNone && x.dtype == DType::kBF16) {
+          scales[i] = quantize_row(x.at<const uint16_t>(step) + i * x.ld, x.cols, kOffset, out + i * ld);
+          continue;
+        }
         float* row = reinterpret_cast<float*>(rows + thread * whole_lines(x.cols * sizeof(float)));
         norm_row(x, i, norm, step, row);
         scales[i] = quantize_row(row, x.cols, kOffset, out + i * ld);
