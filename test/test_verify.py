@@ -21,6 +21,14 @@ def test_golden_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith("PASS") for line in lines[1:])
 
 
+def test_int8_within_its_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    """Inside the bound that leaves a cosine of 0.995, and far outside float32's: it was int8 that ran."""
+    assert main(["verify", str(ROOT / "smolvla"), "--precision", "int8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    errors = {line[6:22].strip(): float(line[22:].split()[0]) for line in lines[1:]}
+    assert errors["actions"] > 5e-3
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "smolvla", tmp_path / "policy")
