@@ -227,12 +227,17 @@ def test_latency_plot_writes_every_point(tmp_path: Path, world: World, policy: P
         "--time-limit",
         "0.2",
     ]
+    contract = tmp_path / "own.yaml"
+    shipped = (Path(__file__).parents[1] / "config" / "so101.yaml").read_text()
+    contract.write_text(shipped.replace("policy_rate: 30.0", "policy_rate: 20.0"))
+    words += ["--contract", str(contract)]
     assert latency_plot.main(words) == 0
     root = ElementTree.fromstring(out.read_text())
     assert len(root.findall("{*}circle")) == 4
     assert len(root.findall("{*}polyline")) == 2
     runs = json.loads(out.with_suffix(".json").read_text())
     assert [run["options"]["latency"] for run in runs] == [0.0, 0.2, 0.0, 0.2]
+    assert {run["options"]["contract"] for run in runs} == {str(contract)}
     assert "| 200 ms |" in out.with_suffix(".md").read_text()
     assert latency_plot.main(["--policy", str(tmp_path / "none"), "--out", str(out)]) == 1
 

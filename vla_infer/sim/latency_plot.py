@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["touch", "push_left", "push_right"])
     parser.add_argument("--latencies-ms", nargs="+", type=float, default=LATENCIES)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--contract", default="so101", help="its scheduler options but the mode are kept")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--threads", type=int)
@@ -133,6 +134,7 @@ def _run(args: argparse.Namespace) -> None:
         device=args.device,
         precision=args.precision,
         threads=args.threads,
+        contract=args.contract,
         inference=None if args.inference_ms is None else args.inference_ms / 1e3,
         time_limit=args.time_limit,
     )
