@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from robot import Robot, patient_contract, until
 from test_node_process import DRY, STANDIN, Program
+
+from vla_infer.time_slice import ask_for_realtime
 
 FRAME = 1 / 30  # s, the policy's period
 MOST = 2.0  # ms, p99 of the last 1024 ticks, which are 20 s of them
@@ -26,24 +29,35 @@ def robot(request: pytest.FixtureRequest) -> Iterator[Robot]:
     robot.close()
 
 
+def refused(priority: int) -> str:
+    """Why the system grants no such priority; empty when it does."""
+    reasons: list[str] = []
+    thread = threading.Thread(target=lambda: reasons.append(ask_for_realtime(priority)))
+    thread.start()
+    thread.join()
+    return reasons[0]
+
+
+@pytest.mark.parametrize("priority", [0, 20], ids=["SCHED_OTHER", "SCHED_FIFO"])
 @pytest.mark.parametrize("seconds", [2 * FRAME, 10 * FRAME, 1e6], ids=["2x", "10x", "hanging"])
-def test_ticks_are_on_time_while_inference_is_slow(robot: Robot, tmp_path: Path, seconds: float) -> None:
+def test_ticks_are_on_time_while_inference_is_slow(
+    robot: Robot, tmp_path: Path, seconds: float, priority: int
+) -> None:
     """p99 of the lateness of control ticks is 2 ms at most, with inference at 2 and 10 times its period, or hanging."""
-    failsafe = {"inference_timeout": 60.0}
-    contract = patient_contract(tmp_path, policy_rate=30.0, failsafe=failsafe)
-    program = Program(STANDIN, policy=f"busy {seconds}", contract=contract)
+    if priority and refused(priority):
+        pytest.skip(f"needs leave to use SCHED_FIFO ({refused(priority)})")
+    contract = patient_contract(tmp_path, policy_rate=30.0, failsafe={"inference_timeout": 600.0})
+    program = Program(STANDIN, policy=f"busy {seconds}", contract=contract, realtime_priority=priority)
     try:
         robot.feed()
-        until(lambda: int(robot.value("control", "ticks") or 0) > 1150, timeout=60, what="ticks")
-        p50, p99, worst = (
-            float(robot.value("control", f"tick lateness {key} ms")) for key in ("p50", "p99", "max")
-        )
-        load = os.getloadavg()[0]
+        until(lambda: int(robot.value("control", "ticks") or 0) > 1150, timeout=120, what="ticks")
+        figures = {
+            key: float(robot.value("control", f"tick lateness {key} ms")) for key in ("p50", "p99", "max")
+        }
         print(
-            f"inference of {seconds:g} s: ticks late by {p50} ms, p99 {p99} ms, at most {worst} ms; load {load:.1f}"
+            f"priority {priority}, inference of {seconds:g} s, load {os.getloadavg()[0]:.1f}: ticks late, ms: {figures}"
         )
-        assert robot.value("control", "ticks_missed") == "0"
-        assert p99 <= MOST
+        assert figures["p99"] <= MOST
     finally:
         program.process.kill()
         program.process.communicate()
