@@ -1,5 +1,5 @@
-# make demo    sets everything up, plays a bag to the node for DURATION seconds and shows it on a page of this machine
-#              (BAG= : a simulated arm; DURATION=0: until Ctrl-C; PORT=8600: always there; VIEW=--no-page: in the terminal)
+# make demo    sets everything up, lets a policy move a simulated arm for DURATION seconds, on a page of this machine
+#              (BAG=build/demo_bag: a bag; DURATION=0: until Ctrl-C; PORT=8600: always there; VIEW=--no-page: in the terminal)
 # make test    sets everything up and runs every check and test, colcon's included
 # make faults  repeats a hundred times what needs a process; make soak: an hour with faults; make fuzz: 10^6 cases
 # make fuzz-cpp  wrong programs for the engine, under sanitizers (CASES_CPP of them)
@@ -11,10 +11,10 @@ VIEW ?=
 MINUTES ?= 60
 CASES ?= 1000000
 CASES_CPP ?= 1000000
-POLICY ?= test/golden/smolvla
+POLICY ?= vla_infer/demo/policy
 CONTRACT ?= so101
 # Empty: the demonstration drives a simulated arm.
-BAG ?= build/demo_bag
+BAG ?=
 # Code for 8.0 runs on 8.6 and 8.9 too, and its PTX on what is newer; 9.0a is Hopper's own.
 CUDA ?= AUTO
 CUDA_ARCHS ?= 80;90a-real
@@ -69,7 +69,7 @@ faults: build $(VENV)/.test
 	$(IN_VENV) python -m pytest -s test/faults --fault-trials 100
 
 soak: build $(VENV)/.test
-	$(IN_VENV) python test/soak.py --minutes $(MINUTES) --policy $(POLICY)
+	$(IN_VENV) python test/soak.py --minutes $(MINUTES)
 
 fuzz: build $(VENV)/.test
 	$(IN_VENV) python test/fuzz.py --cases $(CASES) --processes $$(nproc)

@@ -111,6 +111,7 @@ setup(
         NAME: ["py.typed", "*.pyi"],
         f"{NAME}.replay": ["schema.json", "page.css", "page.js"],
         f"{NAME}.page": ["static/*"],
+        f"{NAME}.demo": ["policy/*", "policy/tokenizer/*"],
     },
     ext_modules=[Extension(f"{NAME}._engine", sources=[])],
     cmdclass={"build_ext": BuildEngine},

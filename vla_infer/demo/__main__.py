@@ -1,14 +1,16 @@
 """The demonstration: a simulated arm or a bag's player, the node, and a page to watch and steer it, over Fast DDS.
 
-python -m vla_infer.demo --policy DIRECTORY [--bag FOLDER]
+python -m vla_infer.demo [--policy DIRECTORY] [--bag FOLDER]
 
-With a bag nothing can move, so the node makes a dry run; in the simulation it is armed. Each is a process of its own,
-so that none can keep the node's control timer waiting.
+Without a policy of yours it is the one in vla_infer/demo/policy, which was trained in the simulation. With a bag
+nothing can move, so the node makes a dry run; in the simulation it is armed. Each is a process of its own, so that
+none can keep the node's control timer waiting.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ from vla_infer.demo.watch import watch
 from vla_infer.errors import VlaInferError
 
 PAGE_LIMIT = 20.0  # s for the page's server to say where it is
+POLICY = Path(__file__).with_name("policy")
+PICTURE = 192  # pixels each way of the simulation's cameras: for people; the policy makes them smaller
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--policy", type=Path, required=True, help="policy directory as LeRobot saves it")
+    parser.add_argument("--policy", type=Path, default=POLICY, help="policy directory as LeRobot saves it")
     parser.add_argument("--contract", default="so101", help="contract of the robot (default: so101)")
     parser.add_argument(
         "--bag", type=Path, help="folder of a rosbag2 recording to play (default: a simulated SO-101)"
@@ -119,11 +123,23 @@ def _start(programs: Programs, args: argparse.Namespace, contract: Contract) -> 
     )
     programs.start("node", Program(python("node", *node), environment=profile))
     if simulated:
-        world = python("sim.node", *parameters(contract=args.contract, seed=args.seed))
+        size = {"image_height": PICTURE, "image_width": PICTURE}
+        world = python(
+            "sim.node", *parameters(contract=args.contract, seed=args.seed, **size, **_tasks(args.policy))
+        )
         programs.start("simulation", Program(world, environment=profile))
     else:
         programs.start("player", Program(_player(args, contract), environment=profile))
     return ""
+
+
+def _tasks(policy: Path) -> dict[str, list[str]]:
+    """The kinds of task that a policy of vla_infer.training was shown; nothing for any other policy."""
+    try:
+        record = json.loads((policy / "training.json").read_text(encoding="utf-8"))
+        return {"kinds": [str(kind) for kind in record["demonstrations"]["kinds"]]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _player(args: argparse.Namespace, contract: Contract) -> tuple[str, ...]:
