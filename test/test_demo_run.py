@@ -91,3 +91,18 @@ def test_a_page_that_cannot_start_is_said(demo: Any, bag: str) -> None:
     assert process.returncode == 1
     assert "the page ended with status 2" in output
     assert "parameter 'port'" in output  # of its log
+
+
+def test_what_it_started_ends_with_it(demo: Any, bag: str) -> None:
+    process = demo("--bag", bag, "--duration", "0")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("page: "), line
+    while "commands" not in (said := process.stdout.readline()):
+        assert said, "it ended before the first command"
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    for name in ("node", "page", "player"):
+        assert f"{name} ended" in output, output
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(line.removeprefix("page: ").strip(), timeout=10)

@@ -15,9 +15,10 @@ from .stop_signals import exit_on_signals
 def main(args: Sequence[str] | None = None, *, policy_loader: Callable[..., Any] | None = None) -> int:
     """As `vla_infer.node.main`; a signal while that is being imported ends the process with status 0."""
     exit_on_signals()
-    from . import node
+    from .node import load_policy
+    from .node import main as run_node
 
-    return node.main(args, policy_loader=policy_loader or node.load_policy)
+    return run_node(args, policy_loader=policy_loader or load_policy)
 
 
 if __name__ == "__main__":

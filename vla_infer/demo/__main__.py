@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ |= {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
     if args.profile is not None:
         os.environ["RMW_IMPLEMENTATION"] = "rmw_fastrtps_cpp"
+    # SIGTERM as Ctrl-C: what was started must not outlive this process, least of all an armed node.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.log.parent.mkdir(parents=True, exist_ok=True)
     with args.log.open("wb") as log:
         programs = Programs(log)
@@ -121,7 +124,7 @@ def _start(programs: Programs, args: argparse.Namespace, contract: Contract) -> 
         dry_run=not simulated,
         use_sim_time=simulated,
     )
-    programs.start("node", Program(python("node", *node), environment=profile))
+    programs.start("node", Program(python("vla_node", *node), environment=profile))
     if simulated:
         size = {"image_height": PICTURE, "image_width": PICTURE}
         world = python(

@@ -158,7 +158,7 @@ def _start(
         image_height=size[0],
         image_width=size[1],
     )
-    programs.start("node", Program(python("node", *node), environment=environment))
+    programs.start("node", Program(python("vla_node", *node), environment=environment))
     programs.start("simulation", Program(python("sim.node", *world), environment=environment))
 
 
