@@ -1,0 +1,330 @@
+#include "build.h"
+
+#include <cmath>
+#include <cstring>
+#include <map>
+
+namespace vla::cuda::head {
+
+namespace {
+
+struct Refused {
+  std::string why;
+};
+void require(bool holds, const std::string& why) {
+  if (!holds) throw Refused{why};
+}
+
+class Builder {
+ public:
+  Builder(Table& table, const std::vector<Op>& body, const std::vector<Fact>& facts, const Settings& settings,
+          const Memory& memory)
+      : t_(table), body_(body), facts_(facts), s_(settings), memory_(memory) {}
+
+  void run(int steps) {
+    require(body_.size() >= 2 && body_.size() <= kMaxPhases, "the loop has too many operations");
+    require(s_.cluster == 4 || s_.cluster == 8, "clusters of 4 or 8");
+    require(s_.clusters > 0, "no cluster fits this device");
+    const auto* euler = std::get_if<Euler>(&body_.back());
+    require(euler != nullptr, "the loop does not end with a step of the actions");
+    t_.phases = static_cast<int>(body_.size()), t_.steps = steps;
+    t_.cluster = s_.cluster, t_.ctas = s_.cluster * s_.clusters;
+    t_.m = euler->x.rows, t_.rows = pad_to(t_.m, 8), t_.barrier = s_.barrier, t_.parts = 15;
+    require(t_.m <= 64, "more than 64 rows");
+    actions_ = euler->x;
+    require(actions_.step_bytes == 0 && actions_.cols % 4 == 0 && actions_.cols <= kMaxChunks * kChunk,
+            "actions");
+    t_.sample = reinterpret_cast<const float*>(actions_.base), t_.ld_sample = static_cast<int>(actions_.ld);
+    t_.action_n = actions_.cols;
+    t_.actions = take<Bits>(size_t(divide_up(actions_.cols, kChunk)) * t_.rows * kChunk);
+    for (size_t i = 0; i < body_.size(); ++i) {
+      Phase& p = t_.phase[i];
+      std::memset(static_cast<void*>(&p), 0, sizeof p);
+      p.scale = 1.0f;
+      index_ = i;
+      std::visit([&](const auto& op) { fill(p, op); }, body_[i]);
+    }
+    require(std::holds_alternative<Linear>(body_[0]), "the loop does not begin with the actions' projection");
+    share_memory();
+  }
+
+ private:
+  template <typename T>
+  T* take(size_t count) {
+    return reinterpret_cast<T*>(memory_.take(count * sizeof(T)));
+  }
+  using Key = std::pair<const std::byte*, int>;
+  static Key key(const View& v) { return {v.base, v.cols}; }
+
+  Bits* writes(const View& v) {
+    require(v.dtype == DType::kBF16 && v.rows == t_.m && v.step_bytes == 0, "an output of another shape");
+    Bits*& to = activations_[key(v)];
+    if (!to) to = take<Bits>(size_t(divide_up(v.cols, kChunk)) * t_.rows * kChunk);
+    return to;
+  }
+  const Bits* reads(const View& v) {
+    require(v.rows == t_.m && v.step_bytes == 0, "an input of another shape");
+    if (v.base == actions_.base) {
+      require(v.dtype == DType::kF32 && v.cols == actions_.cols && v.ld == actions_.ld,
+              "a part of the actions");
+      return t_.actions;
+    }
+    const auto found = activations_.find(key(v));
+    require(found != activations_.end() && v.dtype == DType::kBF16, "an input that the loop has not written");
+    return found->second;
+  }
+  static Stepped stepped(const View& v) {
+    if (!v) return {nullptr, 0};
+    require(v.dtype == DType::kF32 && v.step_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(v.base) % 16 == 0,
+            "a vector that is not aligned");
+    return {reinterpret_cast<const float*>(v.base), v.step_bytes / 4};
+  }
+  static Stepped number(const View& v) {
+    require(v.dtype == DType::kF32 && v.step_bytes % 4 == 0, "a number of another type");
+    return {reinterpret_cast<const float*>(v.base), v.step_bytes / 4};
+  }
+
+  // x, its norm and W; tile_rows and tiles follow from n.
+  void product(Phase& p, const View& x, const Norm& norm) {
+    p.x = reads(x), p.k = static_cast<float>(x.cols), p.chunks = divide_up(x.cols, kChunk);
+    if (norm.kind == NormKind::kNone) return;
+    require(norm.kind == NormKind::kRms, "a layer norm");
+    const auto found = squares_.find(key(x));
+    require(found != squares_.end(), "a norm of what no linear operation has written");
+    p.normed = 1, p.eps = norm.eps, p.squares_in = found->second;
+    if (norm.bias) {
+      require(facts_[index_].shift != nullptr, "a norm whose bias changes");
+      p.shift = {facts_[index_].shift, facts_[index_].shift_stride};
+      require(p.shift.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.shift.p) % 16 == 0,
+              "a table that is not aligned");
+    }
+  }
+  void spread(Phase& p) {
+    p.units = units_of(p);
+    const int units = p.units, each = std::max(divide_up(units, t_.ctas), s_.min_units);
+    require(each <= (p.kind == Kind::kQkv ? 2 : 4), "more columns than the blocks have room for");
+    p.tile_rows = 16 * each, p.tiles = divide_up(units, each);
+    x_chunks_ = std::max(x_chunks_, p.chunks);
+    stages(p);
+  }
+  void split(Phase& p) {
+    require(p.n % 4 == 0, "columns are no multiple of 4");
+    p.tile_rows = 8 * t_.cluster, p.tiles = divide_up(p.n, p.tile_rows),
+    p.each = divide_up(p.chunks, t_.cluster);
+    require(p.tiles <= s_.clusters && p.tiles <= kSquareParts,
+            "more columns than the clusters have room for");
+    split_chunks_ = std::max(split_chunks_, divide_up(p.chunks, t_.cluster));
+    stages(p);
+  }
+  void stages(Phase& p) {
+    p.stage_chunks = kStage / (p.tile_rows * kChunkBytes);
+    require((is_spread(p) ? p.chunks : divide_up(p.chunks, t_.cluster)) <= kMaxChunks, "k is too long");
+  }
+
+  void fill(Phase& p, const Linear& op) {
+    p.kind = Kind::kLinear, p.n = op.out.cols, p.act = static_cast<int>(op.act), p.scale = op.scale;
+    product(p, op.x, op.norm);
+    p.out = writes(op.out);
+    p.bias = stepped(op.bias), p.gate = stepped(op.gate);
+    if (op.residual) {
+      // in registers, where the linear operation before this one has left it
+      require(stream_ == key(op.residual) && op.residual.rows == t_.m && op.residual.cols == p.n,
+              "a residual from afar");
+      p.residual = 1;
+    }
+    stream_ = key(op.out);
+    split(p);
+    find_reader(p, op.out);
+    p.w = memory_.pack(p, op.w);
+  }
+  // The norm of what reads `out` goes into what is written; its rows' sums of squares are left for it.
+  void find_reader(Phase& p, const View& out) {
+    int plain = 0;
+    const Norm* found = nullptr;
+    for (size_t i = index_ + 1; i < body_.size(); ++i) {
+      bool overwritten = false;
+      std::visit(
+          [&](const auto& op) {
+            const View* x = nullptr;
+            if constexpr (requires { op.h; }) {
+              x = &op.h;
+            } else if constexpr (requires { op.x; }) {
+              x = &op.x;
+            }
+            if constexpr (requires { op.norm; }) {
+              if (x && key(*x) == key(out)) {
+                if (op.norm.kind == NormKind::kNone) ++plain;
+                if (op.norm.kind == NormKind::kRms) {
+                  require(!found, "two norms of the same rows");
+                  found = &op.norm;
+                }
+              }
+            }
+            if constexpr (requires { op.out; }) overwritten = op.out.base == out.base;
+          },
+          body_[i]);
+      if (overwritten) break;
+    }
+    require(!(plain && found), "rows that are read with and without a norm");
+    if (!found) return;
+    p.next = stepped(found->weight), p.next_plus = found->plus;
+    float*& squares = squares_[key(out)];
+    if (!squares) squares = take<float>(size_t(64) * kSquareParts);
+    p.squares_out = squares;
+  }
+
+  void fill(Phase& p, const GatedLinear& op) {
+    p.kind = Kind::kGated, p.n = op.out.cols, p.act = static_cast<int>(op.act);
+    require(p.n % 8 == 0, "a gated product of columns that are no multiple of 8");
+    product(p, op.x, op.norm);
+    p.out = writes(op.out);
+    spread(p);
+    p.w = memory_.pack(p, op.w);
+  }
+
+  void fill(Phase& p, const Qkv& op) {
+    p.kind = Kind::kQkv, p.n = op.q.cols, p.head_dim = op.head_dim;
+    require(op.q && !op.q_bias && !op.k_bias && !op.v_bias, "a projection of other parts");
+    require(bool(op.k) == bool(op.v), "keys without values");
+    require(op.head_dim == 64 || op.head_dim == 128 || op.head_dim == 256,
+            "heads of " + std::to_string(op.head_dim));
+    while (1 << p.head_shift < op.head_dim) ++p.head_shift;
+    const auto* a = index_ + 1 < body_.size() ? std::get_if<Attention>(&body_[index_ + 1]) : nullptr;
+    require(a && key(a->q) == key(op.q), "queries that the next operation does not read");
+    product(p, op.x, op.norm);
+    p.out = writes(op.q);
+    QkvPart& q = p.qkv;
+    q.units[0] = op.q.cols / 16, q.units[1] = op.k ? op.k.cols / 16 : 0,
+    q.units[2] = op.v ? op.v.cols / 16 : 0;
+    if (op.rope) {
+      require(op.rope.step_bytes == 0 && op.positions.step_bytes == 0 && op.rope.ld % 2 == 0 &&
+                  reinterpret_cast<uintptr_t>(op.rope.base) % 8 == 0,
+              "a rotary table that moves");
+      q.rope = reinterpret_cast<const float*>(op.rope.base), q.ld_rope = static_cast<int>(op.rope.ld);
+      q.positions = reinterpret_cast<const int*>(op.positions.base),
+      q.ld_positions = static_cast<int>(op.positions.ld);
+    }
+    if (op.k) {
+      q.fresh_rows = divide_up(t_.m, t_.cluster) <= 8 ? 8 : 16;
+      q.fresh_shift = q.fresh_rows == 8 ? 3 : 4;
+      const size_t count = size_t(op.k.cols) * t_.cluster * q.fresh_rows;
+      require(op.v.cols == op.k.cols, "values of another width");
+      for (Bits** to : {&q.fresh_k, &q.fresh_v}) {
+        Bits*& shared = fresh_[{count, to == &q.fresh_k}];
+        if (!shared) shared = take<Bits>(count);
+        *to = shared;
+      }
+    }
+    spread(p);
+    p.w = memory_.pack(p, op.w);
+  }
+
+  void fill(Phase& p, const Attention& op) {
+    p.kind = Kind::kAttention, p.n = op.q.cols, p.head_dim = op.head_dim, p.chunks = op.head_dim / kChunk;
+    p.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(op.head_dim));
+    const auto* qkv = index_ > 0 ? std::get_if<Qkv>(&body_[index_ - 1]) : nullptr;
+    require(qkv && key(qkv->q) == key(op.q) && op.batch == 1,
+            "attention of queries that are not just projected");
+    p.x = reads(op.q), p.out = writes(op.out);
+    AttentionPart& a = p.attention;
+    for (const View* v : {&op.k, &op.v}) {
+      require(v->dtype == DType::kBF16 && v->step_bytes == 0 && v->ld % 8 == 0 &&
+                  reinterpret_cast<uintptr_t>(v->base) % 16 == 0 && v->cols == op.k.cols,
+              "keys that are not aligned");
+    }
+    const QkvPart& written = t_.phase[index_ - 1].qkv;
+    a.fresh = qkv->k ? t_.m : 0, a.prefix = op.k.rows - a.fresh;
+    require(a.prefix >= 0 && facts_[index_].stable_keys >= a.prefix, "keys that the loop changes");
+    if (a.fresh > 0) {
+      const auto row = [&](const View& v) { return v.base + static_cast<int64_t>(a.prefix) * v.ld * 2; };
+      require(row(op.k) == qkv->k.base && row(op.v) == qkv->v.base && qkv->k.ld == op.k.ld &&
+                  qkv->v.ld == op.v.ld,
+              "keys that are not the last ones");
+      a.fresh_k = written.fresh_k, a.fresh_v = written.fresh_v, a.fresh_rows = written.fresh_rows;
+    }
+    a.k = reinterpret_cast<const Bits*>(op.k.base), a.v = reinterpret_cast<const Bits*>(op.v.base);
+    a.ld_k = static_cast<int>(op.k.ld), a.ld_v = static_cast<int>(op.v.ld);
+    if (op.q_block) {
+      a.q_block = reinterpret_cast<const int*>(op.q_block.base),
+      a.k_block = reinterpret_cast<const int*>(op.k_block.base);
+      a.ld_q_block = static_cast<int>(op.q_block.ld), a.ld_k_block = static_cast<int>(op.k_block.ld);
+    }
+    a.kv_heads = op.k.cols / op.head_dim;
+    const int heads = op.q.cols / op.head_dim;
+    a.heads_per_key = heads / a.kv_heads;
+    a.prefix_rows = pad_to(divide_up(a.prefix, t_.cluster), 8);
+    require(key_rows(a) <= key_rows_made(t_.cluster, 3), "more keys than a block has room for");
+    for (int i = 0; i < 4; ++i) {
+      const int rows = key_rows_made(t_.cluster, i);
+      if (rows < key_rows(a)) continue;
+      a.prefix_rows = rows - a.fresh_rows;
+      break;
+    }
+    a.columns = heads * p.chunks <= s_.clusters ? 1 : 2;
+    require(p.chunks % a.columns == 0, "more heads than clusters");
+    p.tiles = heads * p.chunks / a.columns;
+    require(p.tiles <= s_.clusters, "more heads than clusters");
+    const size_t count = size_t(op.k.cols) * t_.cluster * a.prefix_rows;
+    a.packed_k = take<Bits>(count), a.packed_v = take<Bits>(count);
+    columns_ = std::max(columns_, a.columns);
+    keys_bytes_ = std::max(keys_bytes_, queries_at(p) + p.chunks * t_.rows * kChunkBytes);
+  }
+
+  void fill(Phase& p, const Euler& op) {
+    require(index_ + 1 == body_.size(), "a step of the actions before the end of the loop");
+    p.kind = Kind::kEuler, p.n = op.x.cols;
+    product(p, op.h, op.norm);
+    p.out = t_.actions, p.bias = stepped(op.bias);
+    EulerPart& e = p.euler;
+    for (const View* v : {&op.x, &op.previous, &op.weight})
+      require(v->step_bytes == 0, "a sample that moves");
+    e.sample = reinterpret_cast<float*>(op.x.base), e.ld_sample = static_cast<int>(op.x.ld);
+    e.previous = reinterpret_cast<const float*>(op.previous.base),
+    e.ld_previous = static_cast<int>(op.previous.ld);
+    e.weight = reinterpret_cast<const float*>(op.weight.base), e.ld_weight = static_cast<int>(op.weight.ld);
+    e.gain = number(op.gain), e.time = number(op.time), e.dt = op.dt;
+    split(p);
+    p.w = memory_.pack(p, op.w);
+  }
+
+  template <typename O>
+  void fill(Phase&, const O&) {
+    throw Refused{"an operation that is not of an action head"};
+  }
+
+  void share_memory() {
+    const int row = t_.rows * kChunkBytes;
+    const int front = std::max(split_chunks_ * row, keys_bytes_);
+    t_.x_bytes = pad_to(std::max(x_chunks_ * row, front + columns_ * kReceive), 1024);
+    t_.receive = t_.x_bytes - columns_ * kReceive;
+    t_.slots = std::min((kSharedOfBlock - t_.x_bytes - kRest) / kStage, std::min(s_.max_slots, kMaxSlots));
+    require(t_.slots >= 3, "no room for weights beside x and the keys");
+  }
+
+  Table& t_;
+  const std::vector<Op>& body_;
+  const std::vector<Fact>& facts_;
+  const Settings& s_;
+  const Memory& memory_;
+  size_t index_ = 0;
+  View actions_;
+  Key stream_{nullptr, 0};
+  std::map<Key, Bits*> activations_;
+  std::map<Key, float*> squares_;
+  std::map<std::pair<size_t, bool>, Bits*> fresh_;
+  int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0, columns_ = 1;
+};
+
+}  // namespace
+
+std::string build(Table& table, const std::vector<Op>& body, int steps, const std::vector<Fact>& facts,
+                  const Settings& settings, const Memory& memory) {
+  try {
+    Builder(table, body, facts, settings, memory).run(steps);
+  } catch (const Refused& refused) {
+    return refused.why;
+  }
+  return {};
+}
+
+}  // namespace vla::cuda::head

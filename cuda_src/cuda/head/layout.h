@@ -1,0 +1,313 @@
+// Where everything of the persistent action head lies: who owns which tile, and the order of bytes in global
+// and shared memory. The kernel, the packing and the host's test share these functions.
+//
+// A row of 64 bf16 columns ("chunk") is 128 bytes, swizzled as the matrix unit wants it: unit u (16 bytes) of
+// row r stands at u ^ (r & 7). Activations (rows, k) are chunks one after another: [chunk][rows][128 bytes],
+// rows padded to
+// 8. So a copy of a chunk is contiguous and needs no tensor map.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define VLA_HD __host__ __device__ __forceinline__
+#else
+#define VLA_HD inline
+#endif
+
+namespace vla::cuda::head {
+
+using Bits = uint16_t;  // a bf16
+
+constexpr int kChunk = 64;               // columns
+constexpr int kChunkBytes = 2 * kChunk;  // of one row
+constexpr int kStage = 8192;             // bytes of a slot of the weight ring
+constexpr int kMaxSlots = 24;            // of the weight ring
+constexpr int kMaxChunks = 31;           // of x in shared memory
+constexpr int kGroup = 128;              // threads of a warpgroup
+constexpr int kConsumers = 2 * kGroup;   // two warpgroups multiply
+constexpr int kFeeder = 8, kLoader = 9;  // warps: weights, everything else that is copied
+constexpr int kThreads = 320;
+constexpr int kSharedOfBlock = 232448;  // bytes that a block may have
+constexpr int kMaxKeys = 160;           // of a block in attention
+constexpr int kSquareParts = 32;        // of a row's sum of squares: one a cluster; the others stay zero
+constexpr int kReceive =
+    16384 + 512;  // bytes that a warpgroup receives: sums, and a maximum and a total a row
+
+constexpr int kKeyBlocks = 2 * kMaxKeys * 4;  // bytes of shared memory
+constexpr int kBarrierCount = 2 * kMaxSlots + kMaxChunks + 5;
+constexpr int kRest = kKeyBlocks + kBarrierCount * 8;  // bytes after the ring
+
+VLA_HD constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+VLA_HD constexpr int pad_to(int a, int b) { return divide_up(a, b) * b; }
+
+// Element (row, col) of an activation of `rows` padded rows.
+VLA_HD int act_index(int rows, int row, int col) {
+  const unsigned r = row, c = col;  // shifts, not divisions
+  return static_cast<int>(((c >> 6) * rows + r) * kChunk + (((c >> 3 & 7) ^ (r & 7)) << 3) + (c & 7));
+}
+
+// The matrix unit's sums c (64, N): number i of thread t of the warpgroup.
+struct SumPlace {
+  int row, col;
+};
+VLA_HD SumPlace sum_place(int t, int i) {
+  return {t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, i / 4 * 8 + t % 4 * 2 + i % 2};
+}
+
+// ---- phases
+enum class Kind : int { kQkv = 0, kGated = 1, kAttention = 2, kLinear = 3, kEuler = 4 };
+
+// A vector that moves with the step; absent where p is null.
+struct Stepped {
+  const float* p;
+  int64_t stride;  // floats
+  VLA_HD const float* at(int step) const { return p ? p + step * stride : nullptr; }
+};
+
+struct QkvPart {
+  const float* rope;
+  const int* positions;
+  Bits *fresh_k, *fresh_v;
+  int ld_rope, ld_positions;
+  int units[3];                 // of 16 columns, of q, k and v
+  int fresh_rows, fresh_shift;  // of a block of the cluster, 1 << fresh_shift
+};
+struct AttentionPart {
+  const Bits *k, *v;              // as the prefix left them: (prefix, kv_heads * d), plain rows
+  Bits *packed_k, *packed_v;      // [kv head][rank][chunk][prefix_rows][128 bytes]
+  const Bits *fresh_k, *fresh_v;  // the same of fresh_rows
+  const int *q_block, *k_block;
+  int ld_k, ld_v, ld_q_block, ld_k_block;
+  int prefix, fresh;            // keys
+  int prefix_rows, fresh_rows;  // of a block, padded: together a multiple of 16
+  int heads_per_key,
+      columns;  // query heads of a key head; groups of 64 columns of the output a cluster has, 1 or 2
+  int kv_heads;
+};
+struct EulerPart {
+  float* sample;
+  const float *previous, *weight;
+  Stepped gain, time;
+  int ld_sample, ld_previous, ld_weight;
+  float dt;
+};
+
+// One step of the table. Spread (kQkv, kGated): a block has `tile_rows` rows of W and all of k, x is
+// multicast in the cluster. Split (kLinear, kEuler): a cluster has `tile_rows` rows of W, each block a range
+// of k. Attention: a cluster has a head, each block a range of keys.
+struct Phase {
+  Kind kind;
+  int chunks;  // of x; of a head
+  int tile_rows, tiles, stage_chunks;
+  int each, units;  // split: chunks of a block, at most; spread: units of 16 rows of W
+  int head_shift;   // head_dim = 1 << head_shift
+  int n;            // columns of y (of h where gated; of a head's row of queries in attention)
+  int head_dim;
+  int act;     // vla::Act
+  int normed;  // the sums are scaled by the rows' 1 / rms
+  int residual;
+  float scale, eps, k;  // k: columns of x before padding
+  const Bits* x;
+  const Bits* w;
+  Bits* out;
+  const float* squares_in;
+  float* squares_out;
+  Stepped shift, bias, gate,
+      next;  // shift: in the order of the packed rows; next: of the norm that reads `out`
+  float next_plus;
+  union {
+    QkvPart qkv;
+    AttentionPart attention;
+    EulerPart euler;
+  };
+};
+
+constexpr int kMaxPhases = 100;
+
+struct Table {
+  int phases, steps;
+  int m, rows;               // rows of x; padded to 8
+  int cluster, ctas, slots;  // slots of the weight ring
+  int x_bytes, receive;      // shared memory: [x | ring | the rest]; receive: offset in x's part
+  int barrier;               // 0: one counter; 1: a flag a block
+  int parts;           // what runs, 15 but for timing: 1 weights, 2 barriers, 4 copies of x, 8 sums and ends;
+                       // products wherever anything but barriers does
+  unsigned* counters;  // zero before a launch: [0] the counter, [32 ...] flags
+  unsigned* report;    // see watch.cuh
+  int64_t* stamps;     // (phases * steps, 4) clocks of block 0, or null
+  int64_t patience;    // nanoseconds that a wait may take
+  // before the loop
+  const float* sample;  // (m, action_n) to `actions`, an activation
+  Bits* actions;
+  int ld_sample, action_n;
+  Phase phase[kMaxPhases];
+};
+
+static_assert(sizeof(Table) <= 32764, "a kernel's parameters");
+inline int shared_bytes(const Table& t) { return t.x_bytes + t.slots * kStage + kRest; }
+
+VLA_HD bool is_spread(const Phase& p) { return p.kind == Kind::kQkv || p.kind == Kind::kGated; }
+VLA_HD bool is_split(const Phase& p) { return p.kind == Kind::kLinear || p.kind == Kind::kEuler; }
+
+// What a block does in a phase: rows of W (tile) and chunks [first, last) of k. x's chunk c lies in slot c -
+// first.
+struct Share {
+  int tile, first, last;
+  VLA_HD int count() const { return last - first; }
+};
+VLA_HD Share share_of(const Phase& p, int cta, int cluster) {
+  if (is_spread(p)) return {cta, 0, cta < p.tiles ? p.chunks : 0};
+  const int tile = cta / cluster, rank = cta % cluster;
+  if (!is_split(p) || tile >= p.tiles) return {tile, 0, 0};
+  const int first = rank * p.each < p.chunks ? rank * p.each : p.chunks;
+  return {tile, first, first + p.each < p.chunks ? first + p.each : p.chunks};
+}
+// Chunks of x that arrive in a block. Multicast reaches all blocks of a cluster in which any has a tile.
+VLA_HD int arriving(const Phase& p, int cta, int cluster) {
+  if (is_spread(p)) return cta / cluster * cluster < p.tiles ? p.chunks : 0;
+  return share_of(p, cta, cluster).count();
+}
+// Blocks of a cluster that have sums to send in a split phase.
+VLA_HD int senders(const Phase& p) { return divide_up(p.chunks, p.each); }
+
+// Groups of 8 rows of the sums: `owned_groups` of the `rows / 8` are finished by block `rank`, from its first
+// on.
+VLA_HD int groups_each(int cluster) { return 8 / cluster; }
+VLA_HD int owned_groups(int rows, int rank, int cluster) {
+  const int left = rows / 8 - rank * groups_each(cluster), each = groups_each(cluster);
+  return left <= 0 ? 0 : left < each ? left : each;
+}
+
+// Whether a block's warps have anything to do in a phase (else the loader reports it done).
+VLA_HD bool is_busy(const Phase& p, int cta, int rows, int cluster) {
+  if (is_spread(p)) return arriving(p, cta, cluster) > 0;
+  if (cta / cluster >= p.tiles) return false;
+  return p.kind == Kind::kAttention || share_of(p, cta, cluster).count() > 0 ||
+         owned_groups(rows, cta % cluster, cluster) > 0;
+}
+
+// ---- x by multicast: a chunk in pieces of rows, piece i by block i mod cluster
+VLA_HD int pieces_of(int rows) { return rows >= 16 ? 2 : 1; }
+VLA_HD int piece_first(int rows, int part) { return part == 0 ? 0 : divide_up(rows / 8, 2) * 8; }
+VLA_HD int piece_rows(int rows, int part) {
+  const int half = divide_up(rows / 8, 2) * 8;
+  return rows < 16 ? rows : part == 0 ? half : rows - half;
+}
+
+// ---- packed weights: [tile][chunk][tile_rows][128 bytes]. Which row of which matrix row r of a tile is.
+struct Octets {
+  int part, first, second;  // columns of y where the unit's two groups of 8 begin
+};
+// Unit u of 16 columns of q, k and v: with rotation the two halves of a head side by side.
+VLA_HD Octets octets_of(const Phase& p, int unit) {
+  const QkvPart& q = p.qkv;
+  int part = 0;
+  if (unit >= q.units[0]) unit -= q.units[0], part = 1;
+  if (part == 1 && unit >= q.units[1]) unit -= q.units[1], part = 2;
+  if (part == 2 || q.rope == nullptr) return {part, 16 * unit, 16 * unit + 8};
+  const unsigned shift = p.head_shift - 4, u = unit;  // units of a head: 1 << shift
+  const int first = static_cast<int>((u >> shift << p.head_shift) + (u & ((1u << shift) - 1)) * 8);
+  return {part, first, first + (1 << p.head_shift) / 2};
+}
+VLA_HD int units_of(const Phase& p) {
+  return p.kind == Kind::kGated ? p.n / 8 : p.qkv.units[0] + p.qkv.units[1] + p.qkv.units[2];
+}
+struct SourceRow {
+  int part, row;  // -1: none, zeros
+};
+VLA_HD SourceRow source_row(const Phase& p, int tile, int r) {
+  if (is_split(p)) {
+    const int row = tile * p.tile_rows + r;
+    return {0, row < p.n ? row : -1};
+  }
+  const int unit = tile * (p.tile_rows / 16) + r / 16, second = r % 16 / 8;
+  if (unit >= p.units) return {0, -1};
+  if (p.kind == Kind::kGated) return {second, unit * 8 + r % 8};
+  const Octets o = octets_of(p, unit);
+  return {o.part, (second ? o.second : o.first) + r % 8};
+}
+// Row of small/pack.cu's packing: of part `part` of a stacked weight whose parts have n[0], n[1], ... rows.
+VLA_HD int fragment_row(const int* n, int part, int row, bool interleaved) {
+  if (interleaved) return row / 16 * 32 + part * 16 + row % 16;
+  int first = 0;
+  for (int i = 0; i < part; ++i) first += pad_to(n[i], 32);
+  return first + row;
+}
+// Element of that packing at packed row r, column c.
+VLA_HD int64_t fragment_index(int r, int c, int k_tiles) {
+  const int64_t tile = static_cast<int64_t>(r / 32) * k_tiles + c / 16;
+  const int lane = r % 8 * 4 + c % 8 / 2, j = c % 16 / 8 * 4 + r % 16 / 8 * 2 + c % 2;
+  return ((tile * 2 + r % 32 / 16) * 32 + lane) * 8 + j;
+}
+// Rows of n[] before part p, in that order, for the table of norm biases times weights (kernels.h,
+// make_shift).
+VLA_HD int shift_row(const Phase& p, int part, int column) {
+  if (p.kind == Kind::kGated) return fragment_row(nullptr, part, column, true);
+  if (p.kind != Kind::kQkv) return column;
+  const int n[3] = {p.qkv.units[0] * 16, p.qkv.units[1] * 16, p.qkv.units[2] * 16};
+  return fragment_row(n, part, column, false);
+}
+
+// ---- keys and values: block `rank` of a cluster has prefix rows [rank * prefix_rows, ...), then fresh rows
+VLA_HD unsigned key_index(int head, int rank, int chunks, int rows_each, int row, int col, int cluster) {
+  const unsigned r = row, c = col;
+  return ((static_cast<unsigned>(head * cluster + rank) * chunks + (c >> 6)) * rows_each + r) * kChunk +
+         (((c >> 3 & 7) ^ (r & 7)) << 3) + (c & 7);
+}
+// Where the loop's row `row` of column `col` of k or v goes. Rows r and r + 8 are fresh_step apart.
+VLA_HD unsigned fresh_index(const Phase& p, int row, int col, int cluster) {
+  const unsigned r = row, c = col, shift = p.qkv.fresh_shift;
+  return key_index(c >> p.head_shift, r >> shift, 1 << p.head_shift >> 6, 1 << shift, r & ((1u << shift) - 1),
+                   c & ((1u << p.head_shift) - 1), cluster);
+}
+VLA_HD unsigned fresh_step(const Phase& p) {
+  return p.qkv.fresh_shift == 3 ? 8u << p.head_shift : 8u * kChunk;
+}
+// Key number of row i of a block, -1 where there is none.
+VLA_HD int key_of(const AttentionPart& a, int rank, int i) {
+  if (i < a.prefix_rows) {
+    const int key = rank * a.prefix_rows + i;
+    return key < a.prefix ? key : -1;
+  }
+  const int fresh = rank * a.fresh_rows + i - a.prefix_rows;
+  return i < a.prefix_rows + a.fresh_rows && fresh < a.fresh ? a.prefix + fresh : -1;
+}
+// The head and the first group of 64 output columns of a cluster.
+struct HeadTask {
+  int head, column;
+};
+VLA_HD HeadTask head_task(const Phase& p, int cluster_index) {
+  const int each = p.chunks / p.attention.columns;
+  return {cluster_index / each, cluster_index % each * p.attention.columns};
+}
+// Shared memory in attention: keys, values, queries; see Table::receive for the rest.
+VLA_HD int key_rows(const AttentionPart& a) { return a.prefix_rows + a.fresh_rows; }
+// What the kernel is made for, by the blocks of a cluster.
+constexpr int kKeyRows8[] = {32, 48, 80, 112}, kKeyRows4[] = {64, 96, 160, 160};
+VLA_HD constexpr int key_rows_made(int cluster, int i) { return cluster == 8 ? kKeyRows8[i] : kKeyRows4[i]; }
+VLA_HD int values_at(const Phase& p) { return p.chunks * key_rows(p.attention) * kChunkBytes; }
+VLA_HD int queries_at(const Phase& p) {
+  return (p.chunks + p.attention.columns) * key_rows(p.attention) * kChunkBytes;
+}
+
+// ---- sums from block to block: 16 bytes, 4 columns of a row. Octet j of row `row` (of the owner's), half of
+// it. A store of a warp to one block is 256 contiguous bytes, and a row is read without bank conflicts.
+VLA_HD int receive_unit(int source, int row, int octet, int half, int octets, int cluster) {
+  const int group = row / 8;
+  return ((source * groups_each(cluster) + group) * octets + octet) * 16 +
+         ((2 * (row % 8) + half) ^ (2 * (octet & 7)));
+}
+VLA_HD int receive_stats(int source, int row, int cluster) {  // bytes
+  return 16384 + (source * (64 / cluster) + row) * 8;
+}
+// Number i of the 4-column pieces that a block finishes, `columns` a row.
+struct Piece {
+  int row, octet, half;
+};
+VLA_HD Piece piece_of(int i, int columns) {
+  const int quad = i % (columns / 4);
+  return {i / (columns / 4), quad / 2, quad % 2};
+}
+
+}  // namespace vla::cuda::head

@@ -1,0 +1,155 @@
+// Products of which a cluster has 8 C columns, each of its C blocks a range of k: everything as wide as the
+// hidden state, and the action's projection with the Euler step.
+//
+// A block sends each row's sums to the block of the cluster that finishes the row, which adds them up by
+// rank: the same bits each time. The hidden state itself stays in float32 in the registers of the threads
+// that finish it, for as long as the loop runs: every phase of this kind gives a thread the same row and
+// columns. What goes to memory is what the next product reads: the state times the weight of its norm, as
+// bfloat16, and the rows' sums of squares.
+#pragma once
+
+#include "block.cuh"
+
+namespace vla::cuda::head {
+
+// Sends c (64, 8 J) to the blocks that finish its rows; group of rows g to block g / groups_each.
+template <int J, int C>
+__device__ __forceinline__ void send_sums(float (&acc)[4 * J], const Table& t, const Block& b,
+                                          int group_of_warps) {
+  const unsigned lane = threadIdx.x % 32, odd = lane & 1, row_group = threadIdx.x % kGroup / 32 * 2 + odd;
+  const unsigned owner = row_group / groups_each(C), row = row_group % groups_each(C) * 8 + lane / 4,
+                 half = lane % 4 / 2;
+  // lanes in pairs: the even one gets 4 columns of row r, the odd one of row r + 8
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    const float x = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j] : acc[4 * j + 2], 1);
+    const float y = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j + 1] : acc[4 * j + 3], 1);
+    if (odd) {
+      acc[4 * j] = x, acc[4 * j + 1] = y;
+    } else {
+      acc[4 * j + 2] = x, acc[4 * j + 3] = y;
+    }
+  }
+  if (row_group * 8 >= static_cast<unsigned>(t.rows)) return;
+  const uint32_t at = cluster_address(b.base + t.receive + group_of_warps * kReceive, owner);
+  const uint32_t barrier = cluster_address(b.sums(group_of_warps), owner);
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    send4(at + receive_unit(b.rank, row, j, half, J, C) * 16, barrier,
+          make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+  }
+}
+// The sum, by rank, of what `sources` blocks sent for a piece.
+template <int J, int C>
+__device__ __forceinline__ float4 received_sum(uint32_t from, const Piece& piece, int sources) {
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+  for (int r = 0; r < C; ++r) {
+    if (r >= sources) break;
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(from + receive_unit(r, piece.row, piece.octet, piece.half, J, C) * 16)
+                 : "memory");
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  return sum;
+}
+
+__device__ __forceinline__ float4 read4(const float* p, int i, bool there, float otherwise) {
+  if (p == nullptr || !there) return make_float4(otherwise, otherwise, otherwise, otherwise);
+  return __ldg(reinterpret_cast<const float4*>(p + i));
+}
+
+template <int C>
+__device__ __forceinline__ void split_phase(const Table& t, const Block& b, const Phase& p, int step,
+                                            unsigned g, Carried& state, Watch& w) {
+  constexpr int N = 8 * C;
+  const bool copies = t.parts & 4;
+  const Share s = share_of(p, b.cta, C);
+  const Piece piece = piece_of(threadIdx.x, N);
+  const int owned = owned_groups(t.rows, b.rank, C), row = b.rank * (64 / C) + piece.row;
+  const int column = s.tile * N + piece.octet * 8 + piece.half * 4;
+  const bool valid = column < p.n && row < t.m;
+  const float4 bias = read4(p.bias.at(step), column, valid, 0.0f),
+               shift = read4(p.shift.at(step), column, valid, 0.0f);
+  const float4 gate = read4(p.gate.at(step), column, valid, 1.0f);
+  float4 next = read4(p.next.at(step), column, valid, 1.0f);
+  if (p.next.p != nullptr)
+    next.x += p.next_plus, next.y += p.next_plus, next.z += p.next_plus, next.w += p.next_plus;
+  const int sources = senders(p);
+  if (owned > 0 && threadIdx.x == 0 && (t.parts & 8)) barrier_expect(b.sums(0), sources * owned * 8 * N * 4);
+  float acc[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
+  if (s.count() > 0) {
+    if (copies) wait_on(b.x_full(0), state.x_parity & 1, w, kForX, 0);
+    stamp(t, g, 1);
+    multiply<N>(acc, t, b, p, s, state, w);
+    if (copies) state.x_parity ^= (1u << s.count()) - 1;
+    stamp(t, g, 2);
+    if (t.parts & 8) send_sums<N / 8, C>(acc, t, b, 0);
+  }
+  if (owned > 0 && (t.parts & 8)) {
+    wait_on(b.sums(0), state.sums_parity, w, kForSums, 0);
+    state.sums_parity ^= 1;
+    // (columns past the end hold what the ring happened to; they are dropped here)
+    float4 v = received_sum<N / 8, C>(b.base + t.receive, piece, sources);
+    float y[4] = {v.x, v.y, v.z, v.w};
+    if (p.normed && valid) {
+      // the parts of one row, which 2 C neighbours finish
+      const float4* parts = reinterpret_cast<const float4*>(p.squares_in + row * kSquareParts);
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kSquareParts / 4; ++i) {
+        const float4 q = __ldcg(parts + i);
+        sum += (q.x + q.y) + (q.z + q.w);
+      }
+      const float rms = rsqrtf(sum / p.k + p.eps);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[i] *= rms;
+    }
+    const float b4[4] = {bias.x, bias.y, bias.z, bias.w}, s4[4] = {shift.x, shift.y, shift.z, shift.w};
+    const float g4[4] = {gate.x, gate.y, gate.z, gate.w}, n4[4] = {next.x, next.y, next.z, next.w};
+    if (p.kind == Kind::kEuler) {
+      if (valid) {
+        const EulerPart& e = p.euler;
+        float* sample = e.sample + row * e.ld_sample + column;
+        const float weight = __ldg(e.weight + row * e.ld_weight) * __ldg(e.gain.at(step)),
+                    time = __ldg(e.time.at(step));
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float velocity = y[i] + s4[i] + b4[i], old = sample[i];
+          const float error = __ldg(e.previous + row * e.ld_previous + column + i) - (old - time * velocity);
+          x[i] = old + e.dt * (velocity - weight * error);
+          sample[i] = x[i];
+        }
+        Bits* to = p.out + act_index(t.rows, row, column);
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack2(x[0], x[1]), pack2(x[2], x[3]));
+      }
+    } else {
+      float squares = 0.0f;
+      if (valid) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float z = quick_act(p.scale * (y[i] + s4[i] + b4[i]), p.act) * g4[i];
+          if (p.residual) z += state.residual[i];
+          state.residual[i] = z;
+          squares += z * z;
+          y[i] = z * n4[i];
+        }
+        Bits* to = p.out + act_index(t.rows, row, column);
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
+      }
+#pragma unroll
+      for (int o = C; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
+      if (p.squares_out != nullptr && threadIdx.x % (2 * C) == 0 && row < t.m) {
+        p.squares_out[row * kSquareParts + s.tile] = squares;
+      }
+    }
+  }
+  finish(t, g, kGroup);
+}
+
+}  // namespace vla::cuda::head

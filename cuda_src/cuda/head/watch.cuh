@@ -1,0 +1,190 @@
+// Waiting, between warps, blocks and clusters. No wait is for ever: a robot must not hang on a bug or a lost
+// block. A wait that outlasts Table::patience leaves a line in the report and lets its thread go on without;
+// the first such line makes all others give up soon, too, so that the kernel ends (with nonsense in its
+// outputs; the host looks).
+#pragma once
+
+#include "../small/wgmma_rows.cuh"
+#include "layout.h"
+
+namespace vla::cuda::head {
+
+// report[0]: lines written. Line i is at report[8 + 8 i]: what, phase (counted over all steps), block,
+// thread, detail, value, 0, 0.
+constexpr int kReportLines = 62;
+enum Waiting : unsigned {
+  kForWeights = 1,  // detail: slot
+  kForSlot = 2,     // detail: slot
+  kForX = 3,        // detail: chunk
+  kForSums = 4,     // detail: warpgroup
+  kForKeys = 5,     // detail: 0 prefix, 1 fresh
+  kForFreeX = 6,
+  kForBlocks = 7,  // detail: what the counter (or the first flag behind) should be; value: what it is
+};
+
+struct Watch {
+  unsigned* report;
+  int64_t patience;
+  unsigned phase;
+  bool over;  // this thread waits no more
+};
+
+__device__ __forceinline__ int64_t now() {
+  int64_t t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+static __device__ __noinline__ void give_up(unsigned* report, unsigned phase, unsigned what, unsigned detail,
+                                            unsigned value) {
+  const unsigned line = atomicAdd(report, 1u);
+  if (line >= kReportLines) return;
+  unsigned* to = report + 8 + 8 * line;
+  to[0] = what, to[1] = phase, to[2] = blockIdx.x, to[3] = threadIdx.x, to[4] = detail, to[5] = value;
+  __threadfence();
+}
+
+// Called each time a wait has failed; `tries` and `since` belong to the wait. True: go on without.
+__device__ __forceinline__ bool enough(Watch& w, unsigned& tries, int64_t& since, unsigned what,
+                                       unsigned detail, unsigned value) {
+  if (tries++ % 64 != 0) return false;
+  const int64_t t = now();
+  if (tries == 1) since = t;
+  const bool others = tries > 64 && load_relaxed(w.report) != 0;
+  if (!others && t - since < w.patience) return false;
+  if (!others) give_up(w.report, w.phase, what, detail, value);
+  w.over = true;
+  return true;
+}
+
+__device__ __forceinline__ bool try_wait(uint32_t barrier, int parity) {
+  uint32_t done = 0;
+#if VLA_SM90
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+#else
+  (void)barrier, (void)parity;
+#endif
+  return done != 0;
+}
+// Waits for the end of the barrier's phase of this parity.
+__device__ __forceinline__ void wait_on(uint32_t barrier, int parity, Watch& w, unsigned what,
+                                        unsigned detail) {
+  unsigned tries = 0;
+  int64_t since = 0;
+  while (!w.over && !try_wait(barrier, parity)) {
+    if (enough(w, tries, since, what, detail, 0)) break;
+  }
+}
+
+// ---- between all blocks: phase number g is done when every block has said so once, after it knew that g - 1
+// was.
+//
+// What one block writes with ordinary stores, others read with the copy engine (its own "proxy"): every
+// writing thread has a proxy fence after its stores; the warps meet; one thread releases. The reader
+// acquires, and has a proxy fence before it starts a copy. By the memory model one of the two proxy fences is
+// enough (it must lie between write and read in causality order); the second costs some ten cycles and covers
+// readings of it that differ.
+__device__ __forceinline__ void proxy_fence() {
+#if VLA_SM90
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void report_done(const Table& t, unsigned g) {
+  if (!(t.parts & 2)) return;
+  if (t.barrier == 0) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(t.counters) : "memory");
+  } else {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(t.counters + 32 + blockIdx.x), "r"(g + 1)
+                 : "memory");
+  }
+}
+// By a whole warp: all blocks are done with the first g phases.
+__device__ __forceinline__ void wait_for_blocks(const Table& t, unsigned g, Watch& w) {
+  if (!(t.parts & 2) || g == 0) return;
+  unsigned tries = 0;
+  int64_t since = 0;
+  const int lane = threadIdx.x % 32;
+  if (t.barrier == 0) {
+    const unsigned want = g * static_cast<unsigned>(t.ctas);
+    for (;;) {
+      unsigned have;
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(t.counters) : "memory");
+      if (static_cast<int>(have - want) >= 0 || w.over) break;
+      if (enough(w, tries, since, kForBlocks, want, have)) break;
+    }
+  } else {
+    // flags of 4 blocks a lane and turn; blocks come in fours, and there is room to read a full last line
+    for (int first = 0; first < t.ctas; first += 128) {
+      const unsigned* at = t.counters + 32 + first + 4 * lane;
+      const bool mine = first + 4 * lane < t.ctas;
+      for (;;) {
+        unsigned a = g, b = g, c = g, d = g;
+        if (mine) {
+          asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                       : "l"(at)
+                       : "memory");
+        }
+        const unsigned least = min(min(a, b), min(c, d));
+        if (__all_sync(0xffffffffu, least >= g || w.over)) break;
+        if (__any_sync(0xffffffffu, enough(w, tries, since, kForBlocks, g, least))) {
+          w.over = true;
+          break;
+        }
+      }
+    }
+  }
+  if (t.barrier != 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  proxy_fence();
+}
+
+// ---- copies
+constexpr uint64_t kReadOnce = 0x12f0000000000000ull;  // createpolicy.fractional.L2::evict_first, all of it
+__device__ __forceinline__ void copy_once(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+#if VLA_SM90
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(kReadOnce)
+      : "memory");
+#else
+  (void)to, (void)from, (void)bytes, (void)barrier;
+#endif
+}
+// To the same place, and counted by the same barrier, in every block of the cluster that `mask` names.
+__device__ __forceinline__ void copy_to_all(uint32_t to, const void* from, int bytes, uint32_t barrier,
+                                            uint16_t mask) {
+#if VLA_SM90
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
+      "[%3], "
+      "%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
+      : "memory");
+#else
+  (void)to, (void)from, (void)bytes, (void)barrier, (void)mask;
+#endif
+}
+// Two numbers to another block of the cluster, counted by its barrier.
+__device__ __forceinline__ void send2(uint32_t to, uint32_t barrier, float x, float y) {
+#if VLA_SM90
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "f"(x), "f"(y), "r"(barrier)
+               : "memory");
+#else
+  (void)to, (void)x, (void)y, (void)barrier;
+#endif
+}
+
+}  // namespace vla::cuda::head

@@ -1,0 +1,70 @@
+// The persistent head's tables, on the host: no GPU, no CUDA library. A scalar walk over exactly the tables,
+// packings and index functions that the kernel uses is compared with the operations in double precision; and
+// the kernel's waiting (rings, multicast, sums, the barrier between blocks) is played with several schedules.
+//   head_host [quick]
+//   g++ -std=c++20 -O2 -I cuda_src cuda_src/test/head_host.cc cuda_src/cuda/head/build.cc -o head_host &&
+//   ./head_host
+#include "head_case.h"
+#include "head_protocol.h"
+
+int main(int argc, char** argv) {
+  using namespace vla::test::loop;
+  const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;  // tiny sizes and one schedule
+  int failures = 0;
+  const Sizes sizes[] = {
+      {"tiny, adaptive", 2, 96, 136, 2, 1, 64, 21, 10, 2, true, false, false},
+      {"tiny, cross", 2, 80, 72, 3, 1, 64, 33, 17, 2, false, true, true},
+      {"tiny, heads of 256", 1, 128, 64, 2, 1, 256, 40, 50, 2, true, false, false},
+      {"tiny, 64 rows", 2, 72, 200, 4, 2, 128, 9, 64, 1, false, false, true},
+      {"one layer of SmolVLA", 2, 720, 2048, 15, 5, 64, 177, 50, 1, false, true, true},
+      {"one layer of pi0.5", 1, 1024, 4096, 8, 1, 256, 560, 50, 1, true, false, false},
+  };
+  for (const Sizes& s : sizes) {
+    if (quick && s.width > 128) continue;
+    Head head(s);
+    for (int cluster : {8, 4}) {
+      Settings settings;
+      settings.cluster = cluster, settings.clusters = 128 / cluster;
+      for (int min_units : {1, 2}) {
+        settings.min_units = min_units;
+        if (const std::string why = head.build_table(settings); !why.empty()) {
+          std::printf("%s, clusters of %d: refused: %s\n", s.name, cluster, why.c_str());
+          continue;
+        }
+        const auto& t = head.table();
+        const double error = head.error(head.walked());
+        const bool ok = error < 2e-3;  // where the table is wrong it is near 1
+        failures += !ok;
+        std::printf("%s %s, clusters of %d, units %d: error %.2e; x %d KB, %d slots, receive at %d\n",
+                    ok ? "ok  " : "FAIL", s.name, cluster, min_units, error, t.x_bytes / 1024, t.slots,
+                    t.receive);
+      }
+    }
+  }
+  const Sizes real[] = {
+      {"SmolVLA", 16, 720, 2048, 15, 5, 64, 177, 50, 10, false, true, true},
+      {"pi0.5", 18, 1024, 4096, 8, 1, 256, 560, 50, 10, true, false, false},
+      {"pi0.5 H=10", 18, 1024, 4096, 8, 1, 256, 560, 10, 10, true, false, false},
+  };
+  for (Sizes s : real) {
+    if (quick && s.m == 10) continue;
+    // the protocol needs the shape of the table only: two layers stand for all, in more steps
+    s.layers = 2, s.steps = 30;
+    Head head(s);
+    for (int cluster : {8, 4}) {
+      Settings settings;
+      settings.cluster = cluster, settings.clusters = 128 / cluster;
+      if (const std::string why = head.build_table(settings); !why.empty()) {
+        std::printf("%s, clusters of %d: refused: %s\n", s.name, cluster, why.c_str());
+        continue;
+      }
+      const std::string wrong = vla::test::play(head.table(), quick ? 1 : 3);
+      failures += !wrong.empty();
+      std::printf("%s %s, clusters of %d: protocol of %d phases%s\n", wrong.empty() ? "ok  " : "FAIL", s.name,
+                  cluster, head.table().phases * head.table().steps,
+                  wrong.empty() ? "" : (": " + wrong).c_str());
+    }
+  }
+  std::printf("head_host: %d failures\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,391 @@
+// The persistent head's waiting, played on the host: every block's feeder, loader and two warpgroups as
+// coroutines over the same table and the same questions (share_of, arriving, is_busy, ...) as the kernel,
+// mbarriers with arrivals and bytes, copies and sums that arrive late and in any order. Finds deadlocks,
+// barriers of the wrong phase, and shared memory that is written while it is read or read before what belongs
+// there has come.
+#pragma once
+
+#include <coroutine>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../cuda/head/layout.h"
+
+namespace vla::test {
+
+namespace protocol {
+
+using namespace cuda::head;
+
+struct Wrong {
+  std::string what;
+};
+
+struct Mbarrier {
+  int count = 1, pending = 1, phase = 0;
+  int64_t bytes = 0;
+  void check() {
+    if (pending < 0) throw Wrong{"a barrier with too many arrivals"};
+    if (pending == 0 && bytes == 0) phase ^= 1, pending = count;
+  }
+  void arrive() { --pending, check(); }
+  void expect(int64_t n) { bytes += n, --pending, check(); }
+  void complete(int64_t n) { bytes -= n, check(); }
+  bool passed(int parity) const { return phase != parity; }
+};
+
+// 1 KB of shared memory: what is there, who reads it, what is on its way.
+struct Cell {
+  int64_t tag = -1;
+  int readers = 0, writers = 0;
+};
+
+struct Agent {
+  struct promise_type {
+    std::function<bool()> ready;
+    std::exception_ptr error;
+    Agent get_return_object() { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
+    std::suspend_always initial_suspend() { return {}; }
+    std::suspend_always final_suspend() noexcept { return {}; }
+    void return_void() {}
+    void unhandled_exception() { error = std::current_exception(); }
+  };
+  std::coroutine_handle<promise_type> handle;
+};
+struct Until {
+  std::function<bool()> ready;
+  bool await_ready() { return false; }  // always gives way: the scheduler decides
+  void await_suspend(std::coroutine_handle<Agent::promise_type> h) { h.promise().ready = ready; }
+  void await_resume() {}
+};
+
+struct Cta {
+  Mbarrier full[kMaxSlots], empty[kMaxSlots], x_full[kMaxChunks], keys[2], free_x, sums[2];
+  std::vector<Cell> memory;  // x's part
+  std::vector<int64_t> slot_tag = std::vector<int64_t>(kMaxSlots, -1);
+  int done = 0;  // roles at the end of the kernel
+};
+
+class Play {
+ public:
+  Play(const Table& t, unsigned seed) : t_(t), random_(seed), ctas_(t.ctas), flags_(t.ctas, 0) {
+    for (Cta& c : ctas_) {
+      c.memory.resize(t.x_bytes / 1024);
+      for (Mbarrier& b : c.empty) b.count = b.pending = 4;
+      c.free_x.count = c.free_x.pending = 4;
+    }
+  }
+
+  std::string run() {
+    std::vector<Agent> agents;
+    for (int i = 0; i < t_.ctas; ++i) {
+      agents.push_back(feeder(i)), agents.push_back(loader(i)), agents.push_back(consumer(i, 0)),
+          agents.push_back(consumer(i, 1));
+    }
+    std::string wrong;
+    try {
+      size_t left = agents.size();
+      int idle = 0;
+      while (left > 0) {
+        bool moved = false;
+        const size_t start = random_() % agents.size();
+        for (size_t n = 0; n < agents.size(); ++n) {
+          const size_t k = (start + n * stride_) % agents.size();
+          auto h = agents[k].handle;
+          if (h.done() || random_() % 4 == 0) continue;  // some are slower than others
+          if (h.promise().ready && !h.promise().ready()) continue;
+          h.promise().ready = nullptr;
+          h.resume();
+          moved = true;
+          if (h.promise().error) std::rethrow_exception(h.promise().error);
+          if (h.done()) --left;
+        }
+        if (deliver()) moved = true;
+        idle = moved ? 0 : idle + 1;
+        if (idle > 50)
+          throw Wrong{"deadlock with " + std::to_string(left) + " roles left; barrier at " +
+                      std::to_string(counter_ / t_.ctas)};
+      }
+      if (!late_.empty()) throw Wrong{"copies that arrive after the end"};
+    } catch (const Wrong& w) {
+      wrong = w.what;
+    }
+    for (Agent& a : agents) a.handle.destroy();
+    return wrong;
+  }
+
+ private:
+  // ---- what arrives late
+  struct Late {
+    int cta, first, last;  // cells of x's part; first < 0: the weight ring
+    int64_t tag;
+    Mbarrier* barrier;
+    int64_t bytes;
+  };
+  void send(int cta, int at, int bytes, int64_t tag, Mbarrier& barrier) {
+    Late l{cta, at / 1024, (at + bytes - 1) / 1024, tag, &barrier, bytes};
+    if (at + bytes > t_.x_bytes) throw Wrong{"a copy past the end of x's part"};
+    for (int i = l.first; i <= l.last; ++i) {
+      Cell& c = ctas_[cta].memory[i];
+      if (c.readers > 0) throw Wrong{"a copy over what is being read, tag " + std::to_string(tag)};
+      ++c.writers;
+    }
+    late_.push_back(l);
+  }
+  bool deliver() {
+    bool any = false;
+    for (size_t i = 0; i < late_.size();) {
+      if (random_() % 3 == 0) {
+        ++i;
+        continue;
+      }
+      const Late l = late_[i];
+      late_[i] = late_.back(), late_.pop_back();
+      for (int c = l.first; l.first >= 0 && c <= l.last; ++c) {
+        Cell& cell = ctas_[l.cta].memory[c];
+        --cell.writers, cell.tag = l.tag;
+      }
+      l.barrier->complete(l.bytes);
+      any = true;
+    }
+    return any;
+  }
+  void begin_read(int cta, int at, int bytes, int64_t tag) {
+    for (int i = at / 1024; i <= (at + bytes - 1) / 1024; ++i) {
+      Cell& c = ctas_[cta].memory[i];
+      if (c.writers > 0) throw Wrong{"reading what is still on its way, tag " + std::to_string(tag)};
+      if (c.tag != tag)
+        throw Wrong{"reading tag " + std::to_string(c.tag) + " where " + std::to_string(tag) + " should be"};
+      ++c.readers;
+    }
+  }
+  void end_read(int cta, int at, int bytes) {
+    for (int i = at / 1024; i <= (at + bytes - 1) / 1024; ++i) --ctas_[cta].memory[i].readers;
+  }
+  void report(int cta, int g) {
+    if (!passed(g)) throw Wrong{"a block that is done before the phase began"};
+    if (flags_[cta] != g) throw Wrong{"a block that is done twice or out of order"};
+    ++counter_, flags_[cta] = g + 1;
+  }
+  bool passed(int g) const {
+    if (counter_ < int64_t(g) * t_.ctas) return false;
+    for (int f : flags_)
+      if (f < g) throw Wrong{"the counter is ahead of a block"};
+    return true;
+  }
+  Until until(std::function<bool()> f) { return {std::move(f)}; }
+  Until wait(Mbarrier& b, int parity) {
+    return {[&b, parity] { return b.passed(parity); }};
+  }
+
+  // ---- roles, as in block.cuh, spread.cuh, split.cuh and attention.cuh
+  Agent feeder(int cta) {
+    Cta& me = ctas_[cta];
+    int slot = 0, parity = 0;
+    for (int step = 0; step < t_.steps; ++step)
+      for (int i = 0; i < t_.phases; ++i) {
+        const Phase& p = t_.phase[i];
+        const Share s = share_of(p, cta, t_.cluster);
+        for (int c = s.first; c < s.last; c += p.stage_chunks) {
+          const int bytes = std::min(p.stage_chunks, s.last - c) * p.tile_rows * kChunkBytes;
+          if (bytes > kStage) throw Wrong{"a stage that is larger than a slot"};
+          co_await wait(me.empty[slot], parity ^ 1);
+          me.full[slot].expect(bytes);
+          me.slot_tag[slot] = (int64_t(step) * t_.phases + i) * 100 + c;
+          late_.push_back({cta, -1, -1, 0, &me.full[slot], bytes});
+          if (++slot == t_.slots) slot = 0, parity ^= 1;
+        }
+      }
+    ++me.done;
+  }
+  int64_t tag(int g, int what) const { return int64_t(g) * 1000 + what; }
+
+  Agent loader(int cta) {
+    Cta& me = ctas_[cta];
+    const int C = t_.cluster, rank = cta % C, first = cta - rank, R = t_.rows, pieces = pieces_of(R);
+    int free_parity = 0;
+    for (int step = 0; step < t_.steps; ++step)
+      for (int i = 0; i < t_.phases; ++i) {
+        const int g = 1 + step * t_.phases + i;
+        const Phase& p = t_.phase[i];
+        const bool busy = is_busy(p, cta, R, C);
+        const auto spread = [&](int to, int chunks, bool one) {
+          for (int n = rank; n < chunks * pieces; n += C) {
+            const int c = n / pieces, part = n % pieces,
+                      at = to + (c * R + piece_first(R, part)) * kChunkBytes;
+            for (int k = first; k < first + C; ++k)
+              send(k, at, piece_rows(R, part) * kChunkBytes, tag(g, one ? 500 : c),
+                   one ? ctas_[k].keys[1] : ctas_[k].x_full[c]);
+          }
+        };
+        if (p.kind == Kind::kAttention) {
+          const AttentionPart& a = p.attention;
+          const int copied = p.chunks + a.columns, each = key_rows(a) * kChunkBytes;
+          if (busy) {
+            co_await wait(me.free_x, free_parity);
+            free_parity ^= 1;
+            me.keys[0].expect(copied * a.prefix_rows * kChunkBytes);
+            for (int c = 0; c < copied && a.prefix_rows; ++c)
+              send(cta, c * each, a.prefix_rows * kChunkBytes, tag(g, 400), me.keys[0]);
+          }
+          co_await until([this, g] { return passed(g); });
+          if (busy) {
+            me.keys[1].expect(copied * a.fresh_rows * kChunkBytes + p.chunks * R * kChunkBytes);
+            spread(queries_at(p), p.chunks, true);
+            for (int c = 0; c < copied && a.fresh_rows; ++c)
+              send(cta, c * each + a.prefix_rows * kChunkBytes, a.fresh_rows * kChunkBytes, tag(g, 401),
+                   me.keys[1]);
+          }
+        } else {
+          co_await until([this, g] { return passed(g); });
+          const int slots = arriving(p, cta, C);
+          for (int c = 0; c < slots; ++c) me.x_full[c].expect(R * kChunkBytes);
+          if (slots > 0 && is_spread(p)) {
+            spread(0, slots, false);
+          } else {
+            for (int c = 0; c < slots; ++c)
+              send(cta, c * R * kChunkBytes, R * kChunkBytes, tag(g, c), me.x_full[c]);
+          }
+        }
+        if (!busy) report(cta, g);
+      }
+    ++me.done;
+  }
+
+  Agent consumer(int cta, int group) {
+    Cta& me = ctas_[cta];
+    const int C = t_.cluster, rank = cta % C, R = t_.rows, first = cta - rank;
+    int slot = 0, parity = 0, sums_parity = 0, keys_parity = 0;
+    unsigned x_parity = 0;
+    if (group == 0) report(cta, 0);
+    const auto receive = [&](int g, int sources, int columns, bool stats) {  // what this group sends
+      (void)sources;
+      const int at = t_.receive + group * kReceive;
+      for (int owner = 0; owner < C; ++owner) {
+        int owned = 0;  // as send_sums counts them, not as the owner does
+        for (int row_group = 0; row_group < 8; ++row_group)
+          owned += row_group * 8 < R && row_group / groups_each(C) == owner;
+        if (owned == 0) continue;
+        const int bytes = owned * 8 * (columns * 4 + (stats ? 8 : 0));
+        const int from = receive_unit(rank, 0, 0, 0, columns / 8, C) * 16;
+        // (cells are coarser than what is sent: the sources share them, the tag is the phase's)
+        send(first + owner, at + from / 1024 * 1024, 1, tag(g, 900 + group),
+             ctas_[first + owner].sums[group]);
+        late_.back().bytes = bytes;
+      }
+    };
+    for (int step = 0; step < t_.steps; ++step)
+      for (int i = 0; i < t_.phases; ++i) {
+        const Phase& p = t_.phase[i];
+        const int g = 1 + step * t_.phases + i;
+        const bool frees = group == 0 && p.kind == Kind::kQkv && is_busy(t_.phase[i + 1], cta, R, C);
+        if (!is_busy(p, cta, R, C)) {
+          for (int k = 0; frees && k < 4; ++k) me.free_x.arrive();
+          continue;
+        }
+        const int owned = owned_groups(R, rank, C);
+        if (p.kind == Kind::kAttention) {
+          const AttentionPart& a = p.attention;
+          if (group >= a.columns) continue;
+          if (owned > 0) me.sums[group].expect(C * owned * 8 * (64 * 4 + 8));
+          co_await wait(me.keys[0], keys_parity);
+          co_await wait(me.keys[1], keys_parity);
+          keys_parity ^= 1;
+          const int each = key_rows(a) * kChunkBytes, old = a.prefix_rows * kChunkBytes,
+                    fresh = a.fresh_rows * kChunkBytes;
+          for (int c = 0; c < p.chunks + a.columns; ++c) {
+            begin_read(cta, c * each, old, tag(g, 400));
+            if (fresh) begin_read(cta, c * each + old, fresh, tag(g, 401));
+          }
+          begin_read(cta, queries_at(p), p.chunks * R * kChunkBytes, tag(g, 500));
+          co_await until([] { return true; });
+          for (int c = 0; c < p.chunks + a.columns; ++c) {
+            end_read(cta, c * each, old);
+            if (fresh) end_read(cta, c * each + old, fresh);
+          }
+          end_read(cta, queries_at(p), p.chunks * R * kChunkBytes);
+          receive(g, C, 64, true);
+          if (owned > 0) {
+            co_await wait(me.sums[group], sums_parity);
+            sums_parity ^= 1;
+          }
+          // the barrier of both warpgroups
+          int& together = meeting(cta);
+          ++together;
+          const int meet = a.columns;
+          if (group == 0) {
+            co_await until([&together, meet] { return together == meet; });
+            together = 0;
+            report(cta, g);
+          } else {
+            co_await until([&together] { return together == 0; });
+          }
+          continue;
+        }
+        if (group != 0) continue;
+        const Share s = share_of(p, cta, C);
+        const int arrive = arriving(p, cta, C);
+        if (is_split(p) && owned > 0) me.sums[0].expect(int64_t(senders(p)) * owned * 8 * 8 * C * 4);
+        if (s.count() > 0) {
+          int before = -1;
+          for (int c = s.first; c < s.last;) {
+            co_await wait(me.full[slot], parity);
+            if (me.slot_tag[slot] != (int64_t(step) * t_.phases + i) * 100 + c)
+              throw Wrong{"weights of another stage"};
+            for (const int end = std::min(c + p.stage_chunks, s.last); c < end; ++c) {
+              const int x = c - s.first;
+              co_await wait(me.x_full[x], x_parity >> x & 1);
+              begin_read(cta, x * R * kChunkBytes, R * kChunkBytes, tag(g, is_spread(p) ? c : x));
+            }
+            if (before >= 0)
+              for (int k = 0; k < 4; ++k) me.empty[before].arrive();
+            before = slot;
+            if (++slot == t_.slots) slot = 0, parity ^= 1;
+          }
+          for (int k = 0; k < 4; ++k) me.empty[before].arrive();
+          for (int c = 0; c < s.count(); ++c) end_read(cta, c * R * kChunkBytes, R * kChunkBytes);
+        } else {
+          for (int c = 0; c < arrive; ++c) co_await wait(me.x_full[c], x_parity >> c & 1);
+        }
+        x_parity ^= (1u << arrive) - 1;
+        for (int k = 0; frees && k < 4; ++k) me.free_x.arrive();
+        if (is_split(p)) {
+          if (s.count() > 0) receive(g, senders(p), 8 * C, false);
+          if (owned > 0) {
+            co_await wait(me.sums[0], sums_parity);
+            sums_parity ^= 1;
+          }
+        }
+        co_await until([] { return true; });
+        report(cta, g);
+      }
+    ++me.done;
+  }
+  int& meeting(int cta) {
+    meetings_.resize(ctas_.size());
+    return meetings_[cta];
+  }
+
+  const Table& t_;
+  std::mt19937 random_;
+  std::vector<Cta> ctas_;
+  std::vector<int> flags_, meetings_ = std::vector<int>(1024);
+  std::vector<Late> late_;
+  int64_t counter_ = 0;
+  size_t stride_ = 1;
+};
+
+}  // namespace protocol
+
+// "" where all of `seeds` schedules come to their end, else what went wrong first.
+inline std::string play(const cuda::head::Table& t, int seeds) {
+  for (int seed = 1; seed <= seeds; ++seed) {
+    const std::string wrong = protocol::Play(t, static_cast<unsigned>(seed)).run();
+    if (!wrong.empty()) return "schedule " + std::to_string(seed) + ": " + wrong;
+  }
+  return {};
+}
+
+}  // namespace vla::test
