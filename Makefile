@@ -18,6 +18,8 @@ BAG ?=
 # Code for 8.0 runs on 8.6 and 8.9 too, and its PTX on what is newer; 9.0a is Hopper's own.
 CUDA ?= AUTO
 CUDA_ARCHS ?= 80;90a-real
+TESTS ?=
+BUILD_TESTS := $(addprefix test/test_,cuda.py cli.py engine.py policy.py verify.py)
 # Only the reference executor needs it; `make test TORCH=` goes without, and its tests say what they lack.
 TORCH ?= torch==2.13.0
 
@@ -46,12 +48,14 @@ demo: build $(BAG)
 	$(IN_VENV) python -m vla_infer.demo --policy $(POLICY) --contract $(CONTRACT) $(if $(BAG),--bag $(BAG)) \
 		--duration $(DURATION) --port $(PORT) $(VIEW) --profile config/fastdds.xml --log $(BUILD)/demo.log
 
-# Five minutes of the soak pass beside the tests; it ends early when they fail, and they fail when it does.
+# colcon runs every test on what it installed, a build without CUDA; of the build in the tree, which may have it, only
+# what depends on that is run again. Five minutes of the soak pass beside the tests; it ends early when they fail, and
+# they fail when it does.
 test: build $(VENV)/.test
 	@mkdir -p $(BUILD)
 	@$(IN_VENV) nice python test/soak.py --minutes 5 --rate 5 >$(BUILD)/soak.log 2>&1 & soak=$$!; \
 	trap 'kill $$soak 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
-	$(MAKE) --no-print-directory lint pytest colcon || exit; \
+	$(MAKE) --no-print-directory lint colcon pytest TESTS="$(BUILD_TESTS)" || exit; \
 	echo "soak of five minutes:"; wait $$soak; ended=$$?; cat $(BUILD)/soak.log; exit $$ended
 
 build: $(VENV)/.engine
@@ -63,7 +67,7 @@ lint: $(VENV)/.test
 	$(IN_VENV) clang-format --dry-run -Werror $(ENGINE_SOURCES)
 
 pytest: build $(VENV)/.test
-	$(IN_VENV) python -m pytest
+	$(IN_VENV) python -m pytest $(TESTS)
 
 faults: build $(VENV)/.test
 	$(IN_VENV) python -m pytest -s test/faults --fault-trials 100
