@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import Engine, Program
 from vla_infer.errors import CheckpointError, EngineError, ObservationError
+from vla_infer.inputs import TapeObservation, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.processors import build_processors
 from vla_infer.reference_engine import ReferenceEngine, ReferenceProgram
@@ -165,13 +166,19 @@ class Policy:
             raw = np.asarray(state, np.float32)
             encoded = self._processors.encode(raw, task)
             program = self._program(len(encoded.tokens))
-            self._fill(program, images, encoded.state, encoded.tokens)
-            self._fill_noise(program, noise)
-            self._fill_rtc(program, rtc, raw)
+            inputs = program.inputs
+            seen = TapeObservation(
+                images=self._images(images),
+                state=encoded.state,
+                tokens=encoded.tokens,
+                noise=self._noise(inputs["actions"].shape, noise),
+                guide=self._guide(inputs["rtc_previous"].shape, rtc, raw),
+            )
+            program.use("frames", fill_inputs(inputs, self._model, self._sizes, seen))
             ready = time.perf_counter()
-            program[1].run()
+            program.run()
             ran = time.perf_counter()
-            actions = self._processors.decode(program[1].result("actions"), raw)
+            actions = self._processors.decode(program.result("actions"), raw)
             self._timing = Timing(ready - start, ran - ready, time.perf_counter() - ran)
             return actions
 
@@ -182,68 +189,40 @@ class Policy:
             self._engine = None
 
     # ----------------------------------------------------------------- inputs
-    def _program(self, tokens: int) -> tuple[int, AnyProgram]:
+    def _program(self, tokens: int) -> AnyProgram:
         for bucket, program in self._programs:
             if tokens <= bucket:
-                return bucket, program
+                return program
         raise ObservationError(f"task: {tokens} tokens, the policy takes {self._programs[-1][0]}")
 
-    def _fill(
-        self,
-        program: tuple[int, AnyProgram],
-        images: Mapping[str, Image],
-        state: npt.NDArray[np.float32],
-        tokens: npt.NDArray[np.int32],
-    ) -> None:
-        bucket, inputs = program[0], program[1].inputs
-        images = self._renamed(images)
-        geometry = inputs["geometry"]
-        used = 0
-        for i, camera in enumerate(self._info.cameras):
-            geometry[i] = 0
-            image = images.get(camera)
-            if image is None:
-                continue
-            height, width = self._check_image(camera, image)
-            size = height * width * 3
-            inputs["frames"][i, :size].reshape(height, width, 3)[...] = image
-            geometry[i] = self._sizes.vision.geometry(height, width, 3 * width)
-            used = max(used, size)
-        program[1].use("frames", used)
-        inputs["tokens"][:] = 0
-        inputs["tokens"][: len(tokens), 0] = tokens
-        if "state" in inputs:
-            inputs["state"][:] = 0
-            inputs["state"][0, : len(state)] = state
-        present = tuple(camera in images for camera in self._info.cameras)
-        index = self._model.index_inputs(self._sizes, prompt=bucket, tokens=len(tokens), present=present)
-        for name, values in index.items():
-            inputs[name][...] = values
+    def _images(self, images: Mapping[str, Image]) -> list[Image | None]:
+        """In the order of the model's cameras, None for one that is left out."""
+        renamed = self._renamed(images)
+        found = [renamed.get(camera) for camera in self._info.cameras]
+        for camera, image in zip(self._info.cameras, found, strict=True):
+            if image is not None:
+                self._check_image(camera, image)
+        return found
 
-    def _fill_noise(self, program: tuple[int, AnyProgram], noise: npt.NDArray[np.float32] | None) -> None:
-        target = program[1].inputs["actions"]
+    def _noise(
+        self, shape: tuple[int, ...], noise: npt.NDArray[np.float32] | None
+    ) -> npt.NDArray[np.float32]:
         if noise is None:
-            target[...] = self._generator.standard_normal(target.shape, np.float32)
-            return
-        if noise.shape != target.shape or not np.isfinite(noise).all():
-            raise ObservationError(f"noise: expected {target.shape}, all finite, got {noise.shape}")
-        target[...] = noise
+            return self._generator.standard_normal(shape, np.float32)
+        if noise.shape != shape or not np.isfinite(noise).all():
+            raise ObservationError(f"noise: expected {shape}, all finite, got {noise.shape}")
+        return noise
 
-    def _fill_rtc(
-        self, program: tuple[int, AnyProgram], rtc: Rtc | None, state: npt.NDArray[np.float32]
-    ) -> None:
-        inputs = program[1].inputs
+    def _guide(
+        self, shape: tuple[int, ...], rtc: Rtc | None, state: npt.NDArray[np.float32]
+    ) -> dict[str, npt.NDArray[np.float32]]:
         if rtc is None:
-            for name in ("rtc_previous", "rtc_weight", "rtc_gain"):
-                inputs[name][...] = 0
-            return
-        horizon, width = inputs["rtc_previous"].shape
+            return {}
+        horizon, width = shape
         previous = rtc.previous
         if not rtc.normalized:
             previous = self._processors.normalize_actions(previous, state)
-        values = tape_inputs(rtc, previous, horizon=horizon, width=width, steps=self._sizes.steps)
-        for name, value in values.items():
-            inputs[name][...] = value
+        return tape_inputs(rtc, previous, horizon=horizon, width=width, steps=self._sizes.steps)
 
     def _renamed(self, images: Mapping[str, Image]) -> dict[str, Image]:
         names = self._processors.rename_map
@@ -260,7 +239,7 @@ class Policy:
             raise ObservationError(f"images: expected at least one of {', '.join(cameras)}, got none")
         return renamed
 
-    def _check_image(self, camera: str, image: Image) -> tuple[int, int]:
+    def _check_image(self, camera: str, image: Image) -> None:
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
             got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise ObservationError(f"images: {camera}: expected a uint8 array (H, W, 3), got {got}")
@@ -273,7 +252,6 @@ class Policy:
                 f"images: {camera}: {width}x{height} is above the {most[1]}x{most[0]} pixels given at load "
                 "(max_image)"
             )
-        return int(height), int(width)
 
 
 def weight_reader(ckpt: Checkpoint) -> Callable[[str], npt.NDArray[np.generic]]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_infer.errors import EngineError
+from vla_infer.inputs import empty_inputs
 from vla_infer.tape import Tape
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ class ReferenceProgram:
 
     def __init__(self, executor: ReferenceExecutor, tape: Tape) -> None:
         self._executor = executor
-        dtypes = {"f32": np.float32, "act": np.float32, "i32": np.int32, "u8": np.uint8}
-        self.inputs = {name: np.zeros((t.rows, t.cols), dtypes[t.dtype]) for name, t in tape.inputs.items()}
+        self.inputs = empty_inputs(tape)
         self._results: dict[str, Array] = {}
 
     def use(self, name: str, size: int) -> None:
