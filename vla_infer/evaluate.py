@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from vla_infer.safety_options import MODES
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of task")
     parser.add_argument("--split", choices=SPLITS, default="eval", help="of scenes and sentences")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or reference for PyTorch (default: cpu)")
-    parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: fp32)")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or, on a CPU, int8 (default: fp32)")
     parser.add_argument("--num-steps", type=int, help="denoising steps (default: the checkpoint's)")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--contract", default="so101", help="a YAML file or a shipped name (default: so101)")
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from vla_infer.sim.evaluate import Options, evaluate, markdown, summary
+    from vla_infer.sim.evaluate import evaluate, markdown, options_of, summary
     from vla_infer.sim.rollout import Outcome
 
     for name, least in (("episodes", 1), ("seed", 0), ("workers", 1), ("latency_ms", 0), ("time_limit", 0.1)):
@@ -55,23 +56,7 @@ def main(args: argparse.Namespace) -> int:
             option = name.replace("_", "-")
             print(f"vla-infer evaluate: --{option}: expected {least} or more", file=sys.stderr)
             return 2
-    options = Options(
-        policy=args.policy,
-        episodes=args.episodes,
-        seed=args.seed,
-        kinds=tuple(args.kinds),
-        device=args.device,
-        precision=args.precision,
-        num_steps=args.num_steps,
-        threads=args.threads,
-        contract=args.contract,
-        scheduler=args.scheduler,
-        inference=None if args.inference_ms is None else max(0.0, args.inference_ms / 1e3),
-        latency=args.latency_ms / 1e3,
-        wrong_instruction=args.wrong_instruction,
-        split=args.split,
-        time_limit=args.time_limit,
-    )
+    options = replace(options_of(args), latency=args.latency_ms / 1e3)
 
     def progress(o: Outcome) -> None:
         if not args.quiet:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,13 @@ class Options:
     wrong_instruction: bool = False
     split: str = "eval"
     time_limit: float = 10.0
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What a command line gives, its milliseconds as seconds; what it has no argument for keeps its default."""
+    given = {f.name: getattr(args, f.name) for f in fields(Options) if hasattr(args, f.name)}
+    inference = None if args.inference_ms is None else max(0.0, args.inference_ms / 1e3)
+    return Options(**given | {"kinds": tuple(args.kinds), "inference": inference})
 
 
 @dataclass(frozen=True)

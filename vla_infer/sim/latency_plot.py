@@ -15,7 +15,7 @@ from typing import Any
 
 from vla_infer.errors import VlaInferError
 from vla_infer.safety_options import MODES
-from vla_infer.sim.evaluate import Options, evaluate, summary
+from vla_infer.sim.evaluate import evaluate, options_of, summary
 from vla_infer.sim.tasks import KINDS
 
 LATENCIES = (0.0, 50.0, 100.0, 200.0, 300.0, 400.0, 500.0)  # ms
@@ -126,18 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    options = Options(
-        policy=args.policy,
-        episodes=args.episodes,
-        seed=args.seed,
-        kinds=tuple(args.kinds),
-        device=args.device,
-        precision=args.precision,
-        threads=args.threads,
-        contract=args.contract,
-        inference=None if args.inference_ms is None else args.inference_ms / 1e3,
-        time_limit=args.time_limit,
-    )
+    options = options_of(args)
     known = args.out.with_suffix(".json")
     runs: list[dict[str, Any]] = []
     curves: dict[str, dict[float, Point]] = {}
