@@ -51,7 +51,7 @@ def worst(
         def actions(policy: Policy) -> npt.NDArray[np.float32]:
             policy.predict(images, state, TASK, noise=noise)  # noqa: B023
             tokens = len(policy._processors.encode(state.astype(np.float32), TASK).tokens)  # noqa: B023
-            return policy._program(tokens)[1].result("actions")
+            return policy._program(tokens).result("actions")
 
         want, got = actions(exact), actions(quick)
         low = Cosine(min(low.actions, cosine(got, want)), min(low.added, cosine(got - noise, want - noise)))

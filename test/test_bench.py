@@ -99,7 +99,8 @@ def test_inputs_are_those_of_predict() -> None:
     noise = random.standard_normal((policy.info.horizon, 32), np.float32)
     policy.predict({camera: image}, state, "pick up the cube", noise=noise)
     encoded = policy._processors.encode(state, "pick up the cube")
-    bucket, program = policy._program(len(encoded.tokens))
+    program = policy._program(len(encoded.tokens))
+    bucket = len(program.inputs["tokens"])
     # actions are denoised in place, and a picture's place keeps what lay behind it
     tape = FAMILIES["smolvla"].record(policy._sizes, prompt=bucket, frame_bytes=48 * 80 * 3)
     inputs = empty_inputs(tape)
