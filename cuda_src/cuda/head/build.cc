@@ -25,6 +25,7 @@ class Builder {
     require(body_.size() >= 2 && body_.size() <= kMaxPhases, "the loop has too many operations");
     require(s_.cluster == 4 || s_.cluster == 8, "clusters of 4 or 8");
     require(s_.clusters > 0, "no cluster fits this device");
+    require(s_.barrier == 0 || s_.cluster * s_.clusters % 4 == 0, "flags are read by fours of blocks");
     const auto* euler = std::get_if<Euler>(&body_.back());
     require(euler != nullptr, "the loop does not end with a step of the actions");
     t_.phases = static_cast<int>(body_.size()), t_.steps = steps;
@@ -202,7 +203,7 @@ class Builder {
               "a rotary table that moves");
       q.rope = reinterpret_cast<const float*>(op.rope.base), q.ld_rope = static_cast<int>(op.rope.ld);
       q.positions = reinterpret_cast<const int*>(op.positions.base),
-      q.ld_positions = static_cast<int>(op.positions.ld);
+      q.ld_positions = static_cast<int>(op.positions.ld), q.rope_rows = op.rope.rows;
     }
     if (op.k) {
       q.fresh_rows = divide_up(t_.m, t_.cluster) <= 8 ? 8 : 16;
@@ -266,7 +267,9 @@ class Builder {
     require(p.tiles <= s_.clusters, "more heads than clusters");
     const size_t count = size_t(op.k.cols) * t_.cluster * a.prefix_rows;
     a.packed_k = take<Bits>(count), a.packed_v = take<Bits>(count);
-    columns_ = std::max(columns_, a.columns);
+    // the second warpgroup counts the attentions that it takes part in: all or none
+    require(columns_ == 0 || columns_ == a.columns, "attention of two widths");
+    columns_ = a.columns;
     keys_bytes_ = std::max(keys_bytes_, queries_at(p) + p.chunks * t_.rows * kChunkBytes);
   }
 
@@ -294,9 +297,9 @@ class Builder {
 
   void share_memory() {
     const int row = t_.rows * kChunkBytes;
-    const int front = std::max(split_chunks_ * row, keys_bytes_);
-    t_.x_bytes = pad_to(std::max(x_chunks_ * row, front + columns_ * kReceive), 1024);
-    t_.receive = t_.x_bytes - columns_ * kReceive;
+    const int front = std::max(split_chunks_ * row, keys_bytes_), receive = std::max(columns_, 1) * kReceive;
+    t_.x_bytes = pad_to(std::max(x_chunks_ * row, front + receive), 1024);
+    t_.receive = t_.x_bytes - receive;
     t_.slots = std::min((kSharedOfBlock - t_.x_bytes - kRest) / kStage, std::min(s_.max_slots, kMaxSlots));
     require(t_.slots >= 3, "no room for weights beside x and the keys");
   }
@@ -312,7 +315,7 @@ class Builder {
   std::map<Key, Bits*> activations_;
   std::map<Key, float*> squares_;
   std::map<std::pair<size_t, bool>, Bits*> fresh_;
-  int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0, columns_ = 1;
+  int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0, columns_ = 0;
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ int resident_clusters(int size, int shared);
 cudaError_t launch(const Table& t, cudaStream_t stream);
 
 // The weight of phase p, from small/pack.cu's packing (n: rows of each part) to the head's: `to` has
-// packed_bytes.
+// packed_elements(p).
 cudaError_t pack(Bits* to, const Phase& p, const Bits* fragments, const int* n, int parts, bool interleaved,
                  int k, cudaStream_t stream);
 

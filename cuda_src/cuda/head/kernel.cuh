@@ -138,8 +138,9 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_head(const __grid_cons
 template <int C>
 cudaError_t run(const Table& t, cudaStream_t stream, int* clusters) {
   const int shared = shared_bytes(t);
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(persistent_head<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  // all that there is, not `shared`: another plan's table may need more, and its graph is launched later
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          persistent_head<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedOfBlock);
       error != cudaSuccess) {
     return error;
   }

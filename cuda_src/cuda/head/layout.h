@@ -69,7 +69,7 @@ struct QkvPart {
   const float* rope;
   const int* positions;
   Bits *fresh_k, *fresh_v;
-  int ld_rope, ld_positions;
+  int ld_rope, ld_positions, rope_rows;
   int units[3];                 // of 16 columns, of q, k and v
   int fresh_rows, fresh_shift;  // of a block of the cluster, 1 << fresh_shift
 };

@@ -28,8 +28,9 @@ __device__ __forceinline__ void read_constants(UnitConstants<U>& k, const Table&
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = min(row + 8 * h, t.m - 1);
-      rope[h] = p.qkv.rope +
-                static_cast<int64_t>(__ldg(p.qkv.positions + r * p.qkv.ld_positions)) * p.qkv.ld_rope + c;
+      const int position = __ldg(p.qkv.positions + r * p.qkv.ld_positions);
+      const bool inside = static_cast<unsigned>(position) < static_cast<unsigned>(p.qkv.rope_rows);
+      rope[h] = p.qkv.rope + static_cast<int64_t>(inside ? position : 0) * p.qkv.ld_rope + c;
     }
   }
 #pragma unroll

@@ -49,13 +49,14 @@ static __device__ __noinline__ void give_up(unsigned* report, unsigned phase, un
   __threadfence();
 }
 
-// Called each time a wait has failed; `tries` and `since` belong to the wait. True: go on without.
+// Called each time a wait has failed; `tries` and `since` (0 at first) belong to the wait. True: go on
+// without. The clock is read after 64 failures, not after the first: nearly every wait fails once.
 __device__ __forceinline__ bool enough(Watch& w, unsigned& tries, int64_t& since, unsigned what,
                                        unsigned detail, unsigned value) {
-  if (tries++ % 64 != 0) return false;
+  if (++tries % 64 != 0) return false;
   const int64_t t = now();
-  if (tries == 1) since = t;
-  const bool others = tries > 64 && load_relaxed(w.report) != 0;
+  if (since == 0) since = t;
+  const bool others = load_relaxed(w.report) != 0;
   if (!others && t - since < w.patience) return false;
   if (!others) give_up(w.report, w.phase, what, detail, value);
   w.over = true;
