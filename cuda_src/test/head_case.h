@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -207,6 +208,14 @@ class Head {
     restore(noise);
     return got;
   }
+  // The walk, with a call after each phase of its first step, when what the phase wrote is still there.
+  void walk_and_look(std::function<void(int phase)> look) {
+    const std::vector<float> noise = sample();
+    look_ = std::move(look);
+    walk();
+    look_ = nullptr;
+    restore(noise);
+  }
   const std::vector<float>& expected() {
     if (expected_.empty()) {
       const std::vector<float> noise = sample();
@@ -226,7 +235,7 @@ class Head {
     }
     return std::sqrt(difference / norm);
   }
-  const Heap& heap() const { return heap_; }
+  Heap& heap() { return heap_; }
   const View& actions() const { return actions_; }
   // Every packed weight: its phase, and what it was packed from.
   struct PackedWeight {
@@ -356,6 +365,7 @@ class Head {
   View actions_;
   std::vector<PackedWeight> packed_;
   std::vector<float> expected_;
+  std::function<void(int)> look_;
   size_t mark_ = 0, heap_peak_ = 0;
 };
 

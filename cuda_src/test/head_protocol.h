@@ -190,7 +190,7 @@ class Play {
         const Share s = share_of(p, cta, t_.cluster);
         for (int c = s.first; c < s.last; c += p.stage_chunks) {
           const int bytes = std::min(p.stage_chunks, s.last - c) * p.tile_rows * kChunkBytes;
-          if (bytes > kStage) throw Wrong{"a stage that is larger than a slot"};
+          if (bytes > t_.stage) throw Wrong{"a stage that is larger than a slot"};
           co_await wait(me.empty[slot], parity ^ 1);
           me.full[slot].expect(bytes);
           me.slot_tag[slot] = (int64_t(step) * t_.phases + i) * 100 + c;
@@ -327,7 +327,8 @@ class Play {
         if (group != 0) continue;
         const Share s = share_of(p, cta, C);
         const int arrive = arriving(p, cta, C);
-        if (is_split(p) && owned > 0) me.sums[0].expect(int64_t(senders(p)) * owned * 8 * 8 * C * 4);
+        if (is_split(p) && owned > 0)
+          me.sums[0].expect(int64_t(senders(p)) * owned * 8 * split_columns(C) * 4);
         if (s.count() > 0) {
           int before = -1;
           for (int c = s.first; c < s.last;) {
@@ -352,7 +353,7 @@ class Play {
         x_parity ^= (1u << arrive) - 1;
         for (int k = 0; frees && k < 4; ++k) me.free_x.arrive();
         if (is_split(p)) {
-          if (s.count() > 0) receive(g, senders(p), 8 * C, false);
+          if (s.count() > 0) receive(g, senders(p), split_columns(C), false);
           if (owned > 0) {
             co_await wait(me.sums[0], sums_parity);
             sums_parity ^= 1;

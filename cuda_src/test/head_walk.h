@@ -78,7 +78,7 @@ inline void Head::walk() {
         }
       }
   };
-  for (int step = 0; step < t.steps; ++step) {
+  for (int step = 0; step < (look_ ? 1 : t.steps); ++step) {
     for (int i = 0; i < t.phases; ++i) {
       const Phase& p = t.phase[i];
       if (is_spread(p)) {
@@ -130,7 +130,7 @@ inline void Head::walk() {
                 }
         }
       } else if (is_split(p)) {
-        const int N = 8 * C;
+        const int N = split_columns(C);
         for (int tile = 0; tile < p.tiles; ++tile) {
           Received received(C, std::vector<float>(kReceive / 4, NAN));
           for (int rank = 0; rank < C; ++rank) {
@@ -142,7 +142,7 @@ inline void Head::walk() {
             std::vector<double> squares(64, 0.0);
             for (int thread = 0; thread < kGroup; ++thread) {
               const Piece piece = piece_of(thread, N);
-              const int row = rank * (64 / C) + piece.row,
+              const int row = rank * rows_each(C) + piece.row,
                         column = tile * N + piece.octet * 8 + piece.half * 4;
               float* kept = &residual[(size_t(tile * C + rank) * kGroup + thread) * 4];
               if (column >= p.n || row >= t.m) continue;
@@ -172,8 +172,8 @@ inline void Head::walk() {
                     to_bits(float(y * (value(p.next, 1.0) + (p.next.p ? p.next_plus : 0.0f))));
               }
             }
-            for (int r = 0; r < 64 / C && p.squares_out; ++r) {
-              const int row = rank * (64 / C) + r;
+            for (int r = 0; r < rows_each(C) && p.squares_out; ++r) {
+              const int row = rank * rows_each(C) + r;
               if (row < t.m) p.squares_out[row * kSquareParts + tile] = float(squares[r]);
             }
           }
@@ -220,16 +220,16 @@ inline void Head::walk() {
                   for (int e = 0; weight > 0.0 && e < kChunk; ++e)
                     acc[row * 64 + e] += weight * number[v[((e / 8) ^ (j & 7)) * 8 + e % 8]];
                 }
-                const int owner = row / 8 / groups_each(C), local = row % (64 / C);
+                const int owner = row / 8 / groups_each(C), local = row % rows_each(C);
                 received[owner][receive_stats(rank, local, C) / 4] = float(high);
                 received[owner][receive_stats(rank, local, C) / 4 + 1] = float(total);
               }
               send(received, acc, 64, rank);
             }
             for (int rank = 0; rank < C; ++rank) {
-              for (int n = 0; n < 64 / C * 16; ++n) {
+              for (int n = 0; n < rows_each(C) * 16; ++n) {
                 const Piece piece = piece_of(n, 64);
-                const int row = rank * (64 / C) + piece.row;
+                const int row = rank * rows_each(C) + piece.row;
                 if (row >= t.m) continue;
                 double high = -INFINITY, total = 0.0, y[4] = {};
                 for (int k = 0; k < C; ++k)
@@ -251,6 +251,7 @@ inline void Head::walk() {
           }
         }
       }
+      if (look_) look_(i);
     }
   }
 }

@@ -133,9 +133,9 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     state.sums_parity ^= 1;
     const uint32_t from = b.base + t.receive + group * kReceive;
 #pragma unroll 1
-    for (int i = thread; i < 64 / C * 16; i += kGroup) {
+    for (int i = thread; i < rows_each(C) * 16; i += kGroup) {
       const Piece piece = piece_of(i, 64);
-      const int r = b.rank * (64 / C) + piece.row;
+      const int r = b.rank * rows_each(C) + piece.row;
       if (r >= t.m) continue;
       float high = -INFINITY, tops[C], sum = 0.0f, y[4] = {};
 #pragma unroll

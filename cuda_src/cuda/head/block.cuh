@@ -19,7 +19,7 @@ struct Block {
   __device__ __forceinline__ Block(const Table& t, uint32_t base, int cluster)
       : base(base),
         ring(base + t.x_bytes),
-        barriers(ring + t.slots * kStage + kKeyBlocks),
+        barriers(ring + t.slots * t.stage + kKeyBlocks),
         cta(blockIdx.x),
         rank(blockIdx.x % cluster),
         cluster_number(blockIdx.x / cluster) {}
@@ -80,7 +80,7 @@ __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
         const int bytes = min(p.stage_chunks, s.last - c) * chunk;
         wait_on(b.empty(at.slot), at.parity ^ 1, w, kForSlot, at.slot);
         barrier_expect(b.full(at.slot), bytes);
-        copy_once(b.ring + at.slot * kStage, from, bytes, b.full(at.slot));
+        copy_once(b.ring + at.slot * t.stage, from, bytes, b.full(at.slot));
         from += bytes;
         at.next(t);
       }
@@ -197,7 +197,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
   do {
     if (weights)
       wait_on(b.full(state.weights.slot), state.weights.parity, w, kForWeights, state.weights.slot);
-    const uint32_t here = b.ring + state.weights.slot * kStage;
+    const uint32_t here = b.ring + state.weights.slot * t.stage;
     const int begin = c, end = min(c + p.stage_chunks, s.last);
 #pragma unroll 1
     do {

@@ -23,15 +23,15 @@ class Builder {
 
   void run(int steps) {
     require(body_.size() >= 2 && body_.size() <= kMaxPhases, "the loop has too many operations");
-    require(s_.cluster == 4 || s_.cluster == 8, "clusters of 4 or 8");
+    require(s_.cluster == 4 || s_.cluster == 7 || s_.cluster == 8, "clusters of 4, 7 or 8");
     require(s_.clusters > 0, "no cluster fits this device");
     require(s_.barrier == 0 || s_.cluster * s_.clusters % 4 == 0, "flags are read by fours of blocks");
     const auto* euler = std::get_if<Euler>(&body_.back());
     require(euler != nullptr, "the loop does not end with a step of the actions");
     t_.phases = static_cast<int>(body_.size()), t_.steps = steps;
-    t_.cluster = s_.cluster, t_.ctas = s_.cluster * s_.clusters;
+    t_.cluster = s_.cluster, t_.ctas = s_.cluster * s_.clusters, t_.stage = kStage;
     t_.m = euler->x.rows, t_.rows = pad_to(t_.m, 8), t_.barrier = s_.barrier, t_.parts = 15;
-    require(t_.m <= 64, "more than 64 rows");
+    require(t_.rows <= most_rows(s_.cluster), "more than " + std::to_string(most_rows(s_.cluster)) + " rows");
     actions_ = euler->x;
     require(actions_.step_bytes == 0 && actions_.cols % 4 == 0 && actions_.cols <= kMaxChunks * kChunk,
             "actions");
@@ -103,14 +103,15 @@ class Builder {
   void spread(Phase& p) {
     p.units = units_of(p);
     const int units = p.units, each = std::max(divide_up(units, t_.ctas), s_.min_units);
-    require(each <= (p.kind == Kind::kQkv ? 2 : 4), "more columns than the blocks have room for");
+    require(each <= (p.kind == Kind::kQkv ? 2 : most_units(t_.cluster)),
+            "more columns than the blocks have room for");
     p.tile_rows = 16 * each, p.tiles = divide_up(units, each);
     x_chunks_ = std::max(x_chunks_, p.chunks);
     stages(p);
   }
   void split(Phase& p) {
     require(p.n % 4 == 0, "columns are no multiple of 4");
-    p.tile_rows = 8 * t_.cluster, p.tiles = divide_up(p.n, p.tile_rows),
+    p.tile_rows = split_columns(t_.cluster), p.tiles = divide_up(p.n, p.tile_rows),
     p.each = divide_up(p.chunks, t_.cluster);
     require(p.tiles <= s_.clusters && p.tiles <= kSquareParts,
             "more columns than the clusters have room for");
@@ -118,7 +119,8 @@ class Builder {
     stages(p);
   }
   void stages(Phase& p) {
-    p.stage_chunks = kStage / (p.tile_rows * kChunkBytes);
+    const int chunk = p.tile_rows * kChunkBytes;
+    p.stage_chunks = std::max(kStage / chunk, 1), t_.stage = std::max(t_.stage, chunk);
     require((is_spread(p) ? p.chunks : divide_up(p.chunks, t_.cluster)) <= kMaxChunks, "k is too long");
   }
 
@@ -300,7 +302,7 @@ class Builder {
     const int front = std::max(split_chunks_ * row, keys_bytes_), receive = std::max(columns_, 1) * kReceive;
     t_.x_bytes = pad_to(std::max(x_chunks_ * row, front + receive), 1024);
     t_.receive = t_.x_bytes - receive;
-    t_.slots = std::min((kSharedOfBlock - t_.x_bytes - kRest) / kStage, std::min(s_.max_slots, kMaxSlots));
+    t_.slots = std::min((kSharedOfBlock - t_.x_bytes - kRest) / t_.stage, std::min(s_.max_slots, kMaxSlots));
     require(t_.slots >= 3, "no room for weights beside x and the keys");
   }
 

@@ -12,7 +12,7 @@
 namespace vla::cuda::head {
 
 struct Settings {
-  int cluster = 8, clusters = 16;  // blocks of a cluster; clusters that the device holds at once
+  int cluster = 8, clusters = 16;  // blocks of a cluster: 8, 7 or 4; clusters that the device holds at once
   int barrier = 0;                 // see Table
   int min_units = 1;               // units of 16 columns that a block of a spread phase has at least
   int max_slots = kMaxSlots;       // of the weight ring

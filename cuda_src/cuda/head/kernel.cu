@@ -6,6 +6,7 @@
 namespace vla::cuda::head {
 
 cudaError_t run_8(const Table& t, cudaStream_t stream, int* clusters);  // kernel_8.cu
+cudaError_t run_7(const Table& t, cudaStream_t stream, int* clusters);
 cudaError_t run_4(const Table& t, cudaStream_t stream, int* clusters);
 
 namespace {
@@ -34,6 +35,7 @@ __global__ void pack_head(Bits* to, const __grid_constant__ Phase p, const Bits*
 
 cudaError_t dispatch(const Table& t, cudaStream_t stream, int* clusters) {
   return t.cluster == 8   ? run_8(t, stream, clusters)
+         : t.cluster == 7 ? run_7(t, stream, clusters)
          : t.cluster == 4 ? run_4(t, stream, clusters)
                           : cudaErrorInvalidValue;
 }
@@ -43,7 +45,7 @@ cudaError_t dispatch(const Table& t, cudaStream_t stream, int* clusters) {
 int resident_clusters(int size, int shared) {
   static Table t;  // too large for a stack frame of a small thread
   t.cluster = size, t.ctas = size;
-  t.slots = 1, t.x_bytes = (shared - kRest - kStage) / 1024 * 1024;
+  t.slots = 1, t.stage = kStage, t.x_bytes = (shared - kRest - kStage) / 1024 * 1024;
   int clusters = 0;
   if (dispatch(t, nullptr, &clusters) != cudaSuccess) {
     cudaGetLastError();

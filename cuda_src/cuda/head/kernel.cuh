@@ -1,4 +1,5 @@
-// The persistent action head's kernel; kernel_8.cu and kernel_4.cu compile it for clusters of 8 and 4.
+// The persistent action head's kernel; kernel_8.cu, kernel_7.cu and kernel_4.cu compile it for clusters of
+// so many blocks.
 #pragma once
 
 #include "attention.cuh"
@@ -70,8 +71,10 @@ __device__ __forceinline__ void spread(const Table& t, const Block& b, const Pha
   } else if (kKind == Kind::kQkv ||
              p.tile_rows <= 32) {  // more units with rotation have no room in registers
     spread_phase<kKind, 32, C>(t, b, p, index, step, g, state, w);
-  } else {
+  } else if (most_units(C) == 4 || p.tile_rows <= 64) {
     spread_phase<Kind::kGated, 64, C>(t, b, p, index, step, g, state, w);
+  } else {
+    spread_phase<Kind::kGated, 16 * most_units(C), C>(t, b, p, index, step, g, state, w);
   }
 }
 

@@ -21,7 +21,7 @@ using Bits = uint16_t;  // a bf16
 
 constexpr int kChunk = 64;               // columns
 constexpr int kChunkBytes = 2 * kChunk;  // of one row
-constexpr int kStage = 8192;             // bytes of a slot of the weight ring
+constexpr int kStage = 8192;             // bytes of a slot of the weight ring, at least: a chunk must fit
 constexpr int kMaxSlots = 24;            // of the weight ring
 constexpr int kMaxChunks = 31;           // of x in shared memory
 constexpr int kGroup = 128;              // threads of a warpgroup
@@ -127,10 +127,10 @@ constexpr int kMaxPhases = 100;
 
 struct Table {
   int phases, steps;
-  int m, rows;               // rows of x; padded to 8
-  int cluster, ctas, slots;  // slots of the weight ring
-  int x_bytes, receive;      // shared memory: [x | ring | the rest]; receive: offset in x's part
-  int barrier;               // 0: one counter; 1: a flag a block
+  int m, rows;                      // rows of x; padded to 8
+  int cluster, ctas, slots, stage;  // slots of the weight ring, bytes of one
+  int x_bytes, receive;             // shared memory: [x | ring | the rest]; receive: offset in x's part
+  int barrier;                      // 0: one counter; 1: a flag a block
   int parts;           // what runs, 15 but for timing: 1 weights, 2 barriers, 4 copies of x, 8 sums and ends;
                        // products wherever anything but barriers does
   unsigned* counters;  // zero before a launch: [0] the counter, [32 ...] flags
@@ -145,7 +145,7 @@ struct Table {
 };
 
 static_assert(sizeof(Table) <= 32764, "a kernel's parameters");
-inline int shared_bytes(const Table& t) { return t.x_bytes + t.slots * kStage + kRest; }
+inline int shared_bytes(const Table& t) { return t.x_bytes + t.slots * t.stage + kRest; }
 
 VLA_HD bool is_spread(const Phase& p) { return p.kind == Kind::kQkv || p.kind == Kind::kGated; }
 VLA_HD bool is_split(const Phase& p) { return p.kind == Kind::kLinear || p.kind == Kind::kEuler; }
@@ -171,9 +171,18 @@ VLA_HD int arriving(const Phase& p, int cta, int cluster) {
 // Blocks of a cluster that have sums to send in a split phase.
 VLA_HD int senders(const Phase& p) { return divide_up(p.chunks, p.each); }
 
+// Clusters of 8, 7 or 4 blocks. The multiprocessors come in groups that a cluster does not cross; 132 of them
+// are mostly groups of 16 and 18, and where one of the eight groups has 14 only 15 clusters of 8 or 31 of 4
+// fit. 16 of 7 still do.
 // Groups of 8 rows of the sums: `owned_groups` of the `rows / 8` are finished by block `rank`, from its first
-// on.
-VLA_HD int groups_each(int cluster) { return 8 / cluster; }
+// on; a cluster has room for most_rows.
+VLA_HD constexpr int groups_each(int cluster) { return 8 / cluster; }
+VLA_HD constexpr int rows_each(int cluster) { return 8 * groups_each(cluster); }
+VLA_HD constexpr int most_rows(int cluster) { return rows_each(cluster) * cluster; }
+// Columns of y that a cluster has in a split phase: 128 pieces of 4 columns for each block to finish.
+VLA_HD constexpr int split_columns(int cluster) { return 512 / rows_each(cluster); }
+// Units of 16 rows of W that a block can have of a gated product: 16 clusters of 7 need 5 of pi0.5's.
+VLA_HD constexpr int most_units(int cluster) { return cluster == 7 ? 5 : 4; }
 VLA_HD int owned_groups(int rows, int rank, int cluster) {
   const int left = rows / 8 - rank * groups_each(cluster), each = groups_each(cluster);
   return left <= 0 ? 0 : left < each ? left : each;
@@ -284,8 +293,11 @@ VLA_HD HeadTask head_task(const Phase& p, int cluster_index) {
 // Shared memory in attention: keys, values, queries; see Table::receive for the rest.
 VLA_HD int key_rows(const AttentionPart& a) { return a.prefix_rows + a.fresh_rows; }
 // What the kernel is made for, by the blocks of a cluster.
-constexpr int kKeyRows8[] = {32, 48, 80, 112}, kKeyRows4[] = {64, 96, 160, 160};
-VLA_HD constexpr int key_rows_made(int cluster, int i) { return cluster == 8 ? kKeyRows8[i] : kKeyRows4[i]; }
+constexpr int kKeyRows8[] = {32, 48, 80, 112}, kKeyRows7[] = {32, 48, 96, 128},
+              kKeyRows4[] = {64, 96, 160, 160};
+VLA_HD constexpr int key_rows_made(int cluster, int i) {
+  return cluster == 8 ? kKeyRows8[i] : cluster == 7 ? kKeyRows7[i] : kKeyRows4[i];
+}
 VLA_HD int values_at(const Phase& p) { return p.chunks * key_rows(p.attention) * kChunkBytes; }
 VLA_HD int queries_at(const Phase& p) {
   return (p.chunks + p.attention.columns) * key_rows(p.attention) * kChunkBytes;
@@ -299,7 +311,7 @@ VLA_HD int receive_unit(int source, int row, int octet, int half, int octets, in
          ((2 * (row % 8) + half) ^ (2 * (octet & 7)));
 }
 VLA_HD int receive_stats(int source, int row, int cluster) {  // bytes
-  return 16384 + (source * (64 / cluster) + row) * 8;
+  return 16384 + (source * rows_each(cluster) + row) * 8;
 }
 // Number i of the 4-column pieces that a block finishes, `columns` a row.
 struct Piece {

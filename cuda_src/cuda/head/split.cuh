@@ -1,5 +1,5 @@
-// Products of which a cluster has 8 C columns, each of its C blocks a range of k: everything as wide as the
-// hidden state, and the action's projection with the Euler step.
+// Products of which a cluster has 64 (or 32) columns, each of its C blocks a range of k: everything as wide
+// as the hidden state, and the action's projection with the Euler step.
 //
 // A block sends each row's sums to the block of the cluster that finishes the row, which adds them up by
 // rank: the same bits each time. The hidden state itself stays in float32 in the registers of the threads
@@ -64,11 +64,11 @@ __device__ __forceinline__ float4 read4(const float* p, int i, bool there, float
 template <int C>
 __device__ __forceinline__ void split_phase(const Table& t, const Block& b, const Phase& p, int step,
                                             unsigned g, Carried& state, Watch& w) {
-  constexpr int N = 8 * C;
+  constexpr int N = split_columns(C);
   const bool copies = t.parts & 4;
   const Share s = share_of(p, b.cta, C);
   const Piece piece = piece_of(threadIdx.x, N);
-  const int owned = owned_groups(t.rows, b.rank, C), row = b.rank * (64 / C) + piece.row;
+  const int owned = owned_groups(t.rows, b.rank, C), row = b.rank * rows_each(C) + piece.row;
   const int column = s.tile * N + piece.octet * 8 + piece.half * 4;
   const bool valid = column < p.n && row < t.m;
   const float4 bias = read4(p.bias.at(step), column, valid, 0.0f),
@@ -97,7 +97,7 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
     float4 v = received_sum<N / 8, C>(b.base + t.receive, piece, sources);
     float y[4] = {v.x, v.y, v.z, v.w};
     if (p.normed && valid) {
-      // the parts of one row, which 2 C neighbours finish
+      // the parts of one row, which N / 4 neighbours finish
       const float4* parts = reinterpret_cast<const float4*>(p.squares_in + row * kSquareParts);
       float sum = 0.0f;
 #pragma unroll
@@ -143,8 +143,8 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
         *reinterpret_cast<uint2*>(to) = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
       }
 #pragma unroll
-      for (int o = C; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
-      if (p.squares_out != nullptr && threadIdx.x % (2 * C) == 0 && row < t.m) {
+      for (int o = N / 8; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
+      if (p.squares_out != nullptr && threadIdx.x % (N / 4) == 0 && row < t.m) {
         p.squares_out[row * kSquareParts + s.tile] = squares;
       }
     }
