@@ -118,7 +118,7 @@ def main() -> int:
             "--precision",
             "bf16",
             "--runs",
-            "300",
+            str(args.runs),
             "--warmup",
             "30",
             "--json",
