@@ -147,13 +147,17 @@ cudaError_t run(const Table& t, cudaStream_t stream, int* clusters) {
       error != cudaSuccess) {
     return error;
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = C, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = C, attributes[0].val.clusterDim.y = 1, attributes[0].val.clusterDim.z = 1;
+  // All blocks start together or none does: they wait for each other, and beside another such kernel (a second
+  // policy in this process) each might hold half of the multiprocessors for ever.
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = t.ctas, config.blockDim = kThreads, config.dynamicSmemBytes = shared,
   config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = clusters ? 1 : 2;
   if (clusters) return cudaOccupancyMaxActiveClusters(clusters, persistent_head<C>, &config);
   const size_t words = 32 + static_cast<size_t>(t.ctas) + 128;
   if (const cudaError_t error = cudaMemsetAsync(t.counters, 0, words * 4, stream); error != cudaSuccess)
