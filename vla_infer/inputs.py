@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -61,10 +62,18 @@ def fill_inputs(inputs: Mapping[str, Array], model: ModuleType, sizes: Any, seen
         inputs["state"][:] = 0
         inputs["state"][0, : len(seen.state)] = seen.state
     present = tuple(image is not None for image in seen.images)
-    index = model.index_inputs(sizes, prompt=len(inputs["tokens"]), tokens=len(seen.tokens), present=present)
-    for name, values in index.items():
+    for name, values in _index(model, sizes, len(inputs["tokens"]), len(seen.tokens), present).items():
         inputs[name][...] = values
     inputs["actions"][...] = seen.noise
     for name in ("rtc_previous", "rtc_weight", "rtc_gain"):
         inputs[name][...] = seen.guide.get(name, 0)
     return used
+
+
+@lru_cache(maxsize=64)
+def _index(
+    model: ModuleType, sizes: Any, prompt: int, tokens: int, present: tuple[bool, ...]
+) -> Mapping[str, Array]:
+    """The same from one observation to the next, unless the instruction or the cameras changed."""
+    index: Mapping[str, Array] = model.index_inputs(sizes, prompt=prompt, tokens=tokens, present=present)
+    return index

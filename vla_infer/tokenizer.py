@@ -52,6 +52,7 @@ class PromptTokenizer:
         self._cut_left = config.text("truncation_side", "right", choices=("left", "right")) == "left"
         self._set_template(config)
         self._special = self._hide_special_tokens()
+        self._last: tuple[str, npt.NDArray[np.int32]] | None = None
 
     def _guarded(self, call: Callable[[], _T]) -> _T:
         # The library reports a malformed file as Exception, or as a Rust panic, which is a BaseException.
@@ -108,6 +109,12 @@ class PromptTokenizer:
         Raises:
             ObservationError: the text holds something that has no token in the policy's vocabulary.
         """
+        last = self._last  # an instruction stays for many observations
+        if last is None or last[0] != text:
+            last = self._last = (text, self._tokens(text))
+        return np.array(last[1])
+
+    def _tokens(self, text: str) -> npt.NDArray[np.int32]:
         ids, template = self._encode(text)
         body = [i for i, special in zip(ids, template, strict=True) if not special]
         if not self._special.isdisjoint(body):
