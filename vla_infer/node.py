@@ -260,12 +260,15 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self.destroy_node()
 
     def spin_guarded(self, executor: Any) -> None:
-        """One turn of the executor. What rclpy itself raises is said and does not end the node."""
+        """One callback, then the control tick if it is due. What rclpy itself raises is said and does not end the
+        node."""
         try:
             executor.spin_once(timeout_sec=0.1)
         except Exception as error:
             self._reporter.counts.add("internal_errors")
             self._reporter.error("executor", f"executor: {describe(error)}")
+        if self._running is not None:
+            self._running.control.turn()
 
     def _on_jump(self, jump: Any) -> None:
         if self._running is not None:

@@ -13,6 +13,7 @@ from rclpy.duration import Duration
 
 from .chunk import ActionLayout
 from .contract import DRY_SUFFIX
+from .control_timer import ControlTimer
 from .failsafe import Flag, Level, State
 from .frame import FrameBuffer, Now, Readiness
 from .motion import Motion, Outgoing, measured_positions
@@ -63,7 +64,7 @@ class Control:
             Output(node, sink, part, topic)
             for (sink, part), topic in zip(layout.parts, self.topics, strict=True)
         ]
-        self._timer: Any = None
+        self._timer: ControlTimer | None = None
         self._state = ""
         self._stopping = False  # the node was asked to deactivate or to exit
         self._jumped = ""  # why the clock is not to be trusted this tick
@@ -77,15 +78,19 @@ class Control:
         self.motion.start(self._clock.now().steady)
         self.ticks = TickClock(self.period)
         self._state, self._stopping, self._jumped = "", False, ""
-        self._timer = self._node.create_timer(
-            self.period, self._reporter.guarded("control", self._tick), clock=self._clock.steady_clock
-        )
+        tick = self._reporter.guarded("control", self._tick)
+        self._timer = ControlTimer(self._node, self.period, tick, clock=self._clock)
+
+    def turn(self) -> None:
+        """The tick, if it is due: to be called between any two callbacks of the executor."""
+        if self._timer is not None:
+            self._timer.turn()
 
     def stop(self) -> None:
         """No further tick; the last message is a hold. Does nothing when not started."""
         if self._timer is None:
             return
-        self._node.destroy_timer(self._timer)
+        self._timer.destroy()
         self._timer = None
         self._reporter.guarded("control", self._send_hold)()
 

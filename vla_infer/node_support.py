@@ -35,6 +35,15 @@ class NodeClock:
         """Seconds of the steady clock, simulated time or not: for figures about this process."""
         return time.monotonic()
 
+    @staticmethod
+    def thread_time() -> float:
+        """Seconds of processor time that the calling thread has taken."""
+        return time.thread_time()
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+
     def now(self) -> Now:
         if self._ros.ros_time_is_active:
             simulated = self._ros.now().nanoseconds

@@ -52,6 +52,12 @@ class Clock:
     def steady(self) -> float:
         return self.time
 
+    def thread_time(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
     def now(self) -> Now:
         return Now(self.time, round(self.time * 1e9) + self.offset)
 
@@ -71,6 +77,14 @@ class Publisher:
         return True
 
 
+@dataclass
+class Timer:
+    period: float
+
+    def time_until_next_call(self) -> int:
+        return round(self.period * 1e9)
+
+
 class Node:
     """As much of a ROS node as the parts ask for."""
 
@@ -78,7 +92,7 @@ class Node:
         self._clock = clock
         self.callbacks: dict[str, Callable[[Any], None]] = {}
         self.publishers: dict[str, Publisher] = {}
-        self.timers: list[tuple[float, Callable[[], None]]] = []
+        self.timers: list[Timer] = []
         self.services: dict[str, Callable[[Any, Any], Any]] = {}
 
     def create_subscription(self, kind: Any, topic: str, callback: Any, qos: Any) -> str:
@@ -93,7 +107,7 @@ class Node:
         self.services[name] = callback
 
     def create_timer(self, period: float, callback: Callable[[], None], clock: Any) -> Any:
-        self.timers.append((period, callback))
+        self.timers.append(Timer(period))
         return self.timers[-1]
 
     def destroy_timer(self, timer: Any) -> None:
@@ -199,7 +213,8 @@ class World:
         self._later(0.001, self._joints)
         self.control.start()
         self.running.worker.enable()
-        self._later(P, self._tick)
+        self._grid = self.clock.time
+        self._later_tick()
 
     # ------------------------------------------------------------------ events
     def _later(self, seconds: float, event: Callable[[], None]) -> None:
@@ -242,10 +257,14 @@ class World:
             raise Ended
 
     # --------------------------------------------------------------- publishers
+    def _later_tick(self) -> None:
+        self._grid += P
+        self._later(self._grid + abs(float(self.rng.normal(0, 0.0005))) - self.clock.time, self._tick)
+
     def _tick(self) -> None:
-        self._later(P + float(self.rng.normal(0, 0.0005)), self._tick)
-        for _, callback in list(self.node.timers):
-            callback()
+        self._later_tick()
+        if self.node.timers:
+            self.control.turn()
             self.ticks.append((self.clock.time, bool(self.control.holding), self.control.holding))
 
     def _camera(self, topic: str) -> None:
