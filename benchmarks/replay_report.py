@@ -10,6 +10,8 @@ a temporary folder (π0.5: 7 GB) and taken away afterwards.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,26 +20,31 @@ from pathlib import Path
 FAMILIES = ("smolvla", "pi05", "pi0")
 
 
-def run(*words: str) -> None:
-    """`python -m` with these words; ends the program where that fails."""
-    done = subprocess.run([sys.executable, "-m", *words])
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(folder: Path, *words: str) -> None:
+    """`python -m` with these words in a folder; ends the program where that fails."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-m", *words], cwd=folder, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         sys.exit(f"{' '.join(words[:2])}: exit status {done.returncode}")
 
 
 def report(args: argparse.Namespace, family: str, folder: Path) -> None:
-    policy = folder / family
     size = ["--small"] if args.small else []
-    run("vla_infer.random_checkpoint", family, str(policy), "--cameras", "2", *size)
-    name = args.out / f"replay-{args.name}-{family}"
+    run(folder, "vla_infer.random_checkpoint", family, family, "--cameras", "2", *size)
+    name = Path(f"replay-{args.name}-{family}")
     options = {
-        "--policy": policy, "--contract": "so101", "--mode": "timeline", "--device": args.device,
+        "--policy": family, "--contract": "so101", "--mode": "timeline", "--device": args.device,
         "--precision": args.precision, "--seconds": args.seconds, "--json": name.with_suffix(".json"),
         "--markdown": name.with_suffix(".md"), "--html": name.with_suffix(".html"),
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
-    run("vla_infer.cli", "replay", str(folder / "bag"), *words, "--quiet")
-    print(name.with_suffix(".md").read_text(), flush=True)
+    run(folder, "vla_infer.cli", "replay", "bag", *words, "--quiet")
+    for suffix in (".json", ".md", ".html"):
+        shutil.move(folder / name.with_suffix(suffix), args.out / name.with_suffix(suffix))
+    print((args.out / name.with_suffix(".md")).read_text(), flush=True)
 
 
 def main() -> None:
@@ -54,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        run("vla_infer.tools.make_bag", str(Path(folder) / "bag"), "--seconds", str(args.seconds))
+        run(Path(folder), "vla_infer.tools.make_bag", "bag", "--seconds", str(args.seconds))
         for family in args.families:
             report(args, family, Path(folder))
 
