@@ -252,6 +252,9 @@ def test_report_in_markdown_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert named >= {"PyTorch eager", "PyTorch compiled"}
     assert len(named) == 4
     assert report["error"] < 1e-4
+    # Two bytes a weight in the file, four as float32 in the engine, where a few are kept twice or in another shape.
+    assert 0 < report["read_mb"] <= report["weight_mb"]
+    assert 0 < report["read_s"] <= report["load_s"] < report["first_action_s"]
     for p in report["peers"]:
         assert p["error"] < 1e-4
         assert p["ratio"]["low"] <= p["ratio"]["median"] <= p["ratio"]["high"]
@@ -264,6 +267,7 @@ def test_report_in_markdown_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "| PyTorch eager | fp32 |" in text
     assert "PyTorch compiled: torch.compile had not ended after 0.2 s" in text
     assert "Ceilings measured in this run: product" in text
+    assert f"({report['read_mb']} MB read in {report['read_s']} s), first action after" in text
 
 
 # ------------------------------------------------------------------- rendering

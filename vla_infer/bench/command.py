@@ -60,6 +60,21 @@ class Plan:
     compile_limit: float
 
 
+class Reading:
+    """A reader of weights that counts: `seconds` in it, `bytes` that came out."""
+
+    def __init__(self, read: ReadWeight) -> None:
+        self._read = read
+        self.seconds, self.bytes = 0.0, 0
+
+    def __call__(self, name: str) -> npt.NDArray[np.generic]:
+        began = time.perf_counter()
+        values = self._read(name)
+        self.seconds += time.perf_counter() - began
+        self.bytes += values.nbytes
+        return values
+
+
 def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch: Path) -> dict[str, Any]:
     """Measure one setup; a JSON-ready report."""
     tape, draw = make_tape(ckpt, setup)
@@ -72,8 +87,8 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     ceilings = None
     if on_cpu:
         ceilings = measure_ceilings(setup.precision, device=setup.device, threads=setup.threads or 1)
-    load, start = os.getloadavg()[0], time.perf_counter()
-    engine = Engine([tape], read, device=setup.device, precision=setup.precision, threads=setup.threads)
+    load, start, reading = os.getloadavg()[0], time.perf_counter(), Reading(read)
+    engine = Engine([tape], reading, device=setup.device, precision=setup.precision, threads=setup.threads)
     load_s = time.perf_counter() - start
     program = engine.programs[0]
 
@@ -86,6 +101,8 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
             raise VlaInferError(f"bench: call {i} gave actions that are not finite")
         return actions
 
+    whole(0)
+    first_s = time.perf_counter() - start
     report: dict[str, Any] = {
         "family": ckpt.family,
         "device": engine.device_name,
@@ -97,6 +114,9 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
         "threads": setup.threads,
         "runs": plan.runs,
         "load_s": round(load_s, 3),
+        "read_s": round(reading.seconds, 3),
+        "read_mb": round(reading.bytes / 1e6, 1),
+        "first_action_s": round(first_s, 3),
         "load_average": round(load, 2),
         "weight_mb": round(engine.weight_bytes / 1e6, 1),
         "arena_mb": round(engine.arena_bytes / 1e6, 1),
