@@ -20,9 +20,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['cameras']} cameras, {report['horizon']} actions, {report['steps']} steps, "
         f"{report['prompt']}-token prompt, {report['runs']} calls; weights {report['weight_mb']} MB, everything "
-        f"else {report['arena_mb']} MB, {report['operations']} operations, loaded in {report['load_s']} s ({report['read_mb']} MB "
-        f"read in {report['read_s']} s), first action after {report['first_action_s']} s; load average "
-        f"{report['load_average']}.",
+        f"else {report['arena_mb']} MB, {report['operations']} operations, loaded in {report['load_s']} s "
+        f"({report['read_mb']} MB read in {report['read_s']} s), first action after {report['first_action_s']} s; "
+        f"load average {report['load_average']}.",
     ]
     lines += _head("ms", "p50", "p95", "p99", "max")
     for name in ("call", "engine"):
