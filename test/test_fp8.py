@@ -1,4 +1,4 @@
-"""Precision "fp8" on the host: E4M3 itself, which products are in it, and the calibration file."""
+"""Precision "fp8": E4M3 itself, which products are in it, the calibration file, and the reference executor."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden import ROOT
+from golden import ROOT, relative
+from op_cases import Case
 
 from vla_infer import fp8
 from vla_infer.checkpoint import read_checkpoint
-from vla_infer.errors import CheckpointError
+from vla_infer.errors import CheckpointError, EngineError
 from vla_infer.fp8 import Errors, Scales, in_fp8, key, read_scales, round_e4m3
+from vla_infer.inputs import empty_inputs
 from vla_infer.models import FAMILIES
-from vla_infer.tape import Norm, Tape, Weight
+from vla_infer.models.layers import rope_table
+from vla_infer.tape import Norm, Rope, Tape, Weight
 
-torch = pytest.importorskip("torch", reason="needs torch for its float8_e4m3fn")
+torch = pytest.importorskip("torch", reason="needs torch for its float8_e4m3fn and the reference executor")
+from vla_infer.reference import ReferenceExecutor  # noqa: E402
+
+torch.set_num_threads(1)
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -210,8 +216,10 @@ def put(*path: str, value: Any) -> Any:
         (lambda d: d["unseen"].pop("cosine"), "unseen: cosine is missing"),
         (put("weights", value="A" * 64), "weights: expected 64 hexadecimal digits"),
         (put("activations", value=[1]), "activations: expected an object"),
-        (put("activations", "w", value=0), "activations: w: expected a number above 0, got 0"),
-        (put("activations", "w", value=True), "activations: w: expected a number above 0, got True"),
+        (put("activations", "w", value=0), "activations: w: expected a number above 1e-37, got 0"),
+        (put("activations", "w", value=True), "activations: w: expected a number above 1e-37, got True"),
+        (put("activations", "a\nb", value=1), r"activations: expected names of weights, got 'a\\nb'"),
+        (lambda d: d.pop("unseen"), "unseen is missing"),
         (put("bf16", value=["w"]), "bf16: 'w' is no product in activations"),
         (put("samples", value=0), "samples: expected an integer from 1"),
     ],
@@ -235,3 +243,113 @@ def test_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "fp8.json").write_text('{"version": 1, "version": 1}')
     with pytest.raises(CheckpointError, match=r"duplicate key 'version'\); run"):
         read_scales(tmp_path / "fp8.json")
+
+
+# ------------------------------------------------------------------------------------------------ reference executor
+def product(kind: str, norm: Norm | None = None) -> Case:
+    """A product of the prefix with all that can come after it, on operands that bfloat16 holds."""
+    c = Case(7)
+    c.tape.stage = "prefix"
+    x = c.x(24, 64)
+    if kind == "linear":
+        after = {"bias": c.row("b", 64), "residual": c.x(12, 64, name="r"), "gate": c.row("g", 64)}
+        y = c.tape.linear(x, c.weight("w", 64, 64), norm=norm, act="gelu_tanh", scale=1.5, **after)
+    elif kind == "gated_linear":
+        y = c.tape.gated_linear(x, c.weight("w", 48, 64), c.weight("up", 48, 64), norm=norm, act="silu")
+    else:
+        weights = {"q": c.weight("w", 128, 64), "k": c.weight("k", 64, 64), "v": c.weight("v", 64, 64)}
+        y = c.tape.temp("all", (24, 256))
+        into = {"q": y.columns(0, 128), "k": y.columns(128, 192), "v": y.columns(192, 256)}
+        rope = Rope(c.tape.constant("rope", rope_table(32, 64, 100.0)), c.ints("positions", np.arange(24)))
+        bias = {"v": c.row("vb", 64)}
+        c.tape.qkv(x, weights, head_dim=64, norm=norm, rope=rope, biases=bias, into=into)
+    c.tape.output("result", y)
+    return c
+
+
+def run(c: Case, precision: str, scales: Scales | None = None, inputs: Any = None) -> np.ndarray:
+    executor = ReferenceExecutor(c.tape, c.weights.__getitem__, precision, scales=scales)
+    return executor.run(inputs or c.inputs)["result"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated_linear", "qkv"])
+def test_a_product_is_its_rounded_operands(kind: str) -> None:
+    """In float64 to the last digits what the same tape gives on operands rounded here; in fp8 but for bfloat16."""
+    c = product(kind)
+    scale = np.float32(np.abs(c.inputs["x"]).max() / 448 * 0.8)  # so that something is clipped
+    scales = scales_of(c.tape, activations={"w": float(scale)})
+    plain = run(c, "fp64")
+    got, exact = run(c, "fp8", scales), run(c, "fp64", scales)
+    rounded = round_e4m3(c.inputs["x"] / scale).astype(float) * float(scale)
+    for name in {"w", "up", "k", "v"} & set(c.weights):
+        rows = fp8.row_scales(c.weights[name])[:, None]
+        c.weights[name] = round_e4m3(c.weights[name] / rows).astype(float) * rows
+    want = run(c, "fp64", inputs=c.inputs | {"x": rounded})
+    assert relative(exact, want) < 1e-9
+    assert relative(got, want) < 5e-3
+    assert relative(want, plain) > 2e-2
+
+
+def test_what_is_kept_is_as_in_bfloat16() -> None:
+    c = product("linear")
+    scales = scales_of(c.tape, activations={"w": 0.01})
+    np.testing.assert_array_equal(run(c, "fp8", replace(scales, bf16=("w",))), run(c, "bf16"))
+    assert relative(run(c, "fp8", scales), run(c, "bf16")) > 1e-2
+    with pytest.raises(EngineError, match="precision 'fp8' needs scales"):
+        run(c, "fp8")
+
+
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_nan_passes_through(where: str) -> None:
+    c = product("gated_linear")
+    (c.inputs["x"] if where == "input" else c.weights["up"])[3, 5] = np.nan
+    nan = np.isnan(run(c, "fp8", scales_of(c.tape, activations={"w": 0.01})))
+    want = np.zeros_like(nan)
+    want[3 if where == "input" else (slice(None), 3)] = True
+    np.testing.assert_array_equal(nan, want)
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated_linear", "qkv"])
+def test_left_operands_are_seen_after_their_norm(kind: str) -> None:
+    c = product(kind, Norm("rms", 1e-9))
+    seen = {}
+    executor = ReferenceExecutor(c.tape, c.weights.__getitem__, "bf16")
+    executor.observe = lambda op, x: seen.setdefault(key(op), x.float().numpy())
+    executor.run(c.inputs)
+    x = c.inputs["x"]
+    assert relative(seen["w"], x / np.sqrt((x**2).mean(1, keepdims=True))) < 4e-3
+
+
+def test_every_step_of_the_loop_is_seen() -> None:
+    m = read_checkpoint(ROOT / "smolvla")
+    t = tape("smolvla", steps=3)
+    executor = ReferenceExecutor(t, m.read, "bf16")
+    counts: dict[str, int] = {}
+    executor.observe = lambda op, x: counts.update({key(op): counts.get(key(op), 0) + 1})
+    executor.run(empty_inputs(t))
+    steps = {
+        key(op): 3 if op.loop else 1 for op in t.ops if op.weights and op.kind != "euler" and not op.at_load
+    }
+    assert counts == steps
+
+
+def test_executors_share_weights() -> None:
+    ckpt, reads = read_checkpoint(ROOT / "smolvla"), []
+    scales = scales_of(tape("smolvla"))
+
+    def read(name: str) -> np.ndarray:
+        reads.append(name)
+        return ckpt.read(name)
+
+    first = ReferenceExecutor(tape("smolvla"), read, "fp8", scales=scales)
+    count = len(reads)
+    second = ReferenceExecutor(tape("smolvla", prompt=48), read, "fp8", scales=scales, like=first)
+    assert count > 100
+    assert len(reads) == count
+    name = "model.state_proj.weight"
+    assert second.weights[name].data_ptr() == first.weights[name].data_ptr()
+    own = ReferenceExecutor(tape("smolvla", prompt=48), read, "fp8", scales=scales)
+    inputs = empty_inputs(second.tape)
+    first.run(empty_inputs(first.tape))
+    np.testing.assert_array_equal(second.run(inputs)["actions"], own.run(inputs)["actions"])
+    assert all(a is b for a, b in zip(second.eights.values(), first.eights.values(), strict=True))

@@ -172,7 +172,7 @@ def test_other_devices_refuse() -> None:
     with pytest.raises(EngineError, match="precision 'int8': device 'cuda' does not have it"):
         Engine([one()], lambda _: np.eye(8, dtype=np.float32), device="cuda", precision="int8")
     with pytest.raises(
-        EngineError, match="reference: precision: expected one of fp32, fp64, bf16, got 'int8'"
+        EngineError, match="reference: precision: expected one of fp32, fp64, bf16, fp8, got 'int8'"
     ):
         ReferenceExecutor(one(), lambda _: np.eye(8, dtype=np.float32), "int8")
 

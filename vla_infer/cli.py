@@ -15,6 +15,7 @@ VERBS = {
     "run": "start the node for a policy and a contract",
     "doctor": "check this machine, a policy, a contract and its topics; says what to do",
     "verify": "compare the engine with a policy's golden values, stage by stage",
+    "calibrate": "find the scales of precision fp8, and measure what it costs",
     "bench": "time inference on this machine",
     "replay": "run a recording through a policy: how late, how right, and whether it got worse",
     "evaluate": "how often a policy does what it is told, on the simulated arm",

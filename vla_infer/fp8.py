@@ -5,9 +5,9 @@ A product y = x W^T of the vision encoder and the prefix becomes, output by outp
     y[n] = s_x s_w[n] (q(x / s_x) . q(W[n] / s_w[n])),        q: to the nearest E4M3, ties to even,
 
 with exact products, sums in float32 and everything after (bias, activation, gate, residual) as in "bf16". s_w[n] is
-the largest magnitude of row n / 448. s_x is one number for each operation: the largest magnitude that its left
-operand, after its norm, had in calibration / 448; what is larger later is clipped. `vla-infer calibrate` finds the
-s_x and writes them beside the policy as `fp8.json`, with hashes of the weights and the tape that they were found for.
+the largest magnitude of row n / 448. s_x is one number for each operation: HEADROOM times the largest magnitude that
+its left operand, after its norm, had in calibration / 448; what is larger later is clipped. `vla-infer calibrate`
+finds the s_x and writes them beside the policy as `fp8.json`, with hashes of the weights and the tape they belong to.
 
 E4M3 (Micikevicius et al. 2022): 4 bits of exponent, 3 of fraction, no infinities, largest 448, smallest 2^-9.
 """
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vla_infer.errors import CheckpointError
+from vla_infer.errors import CheckpointError, EngineError
 from vla_infer.json_io import Fields, load_json_object, show
 from vla_infer.tape import NORMS, WRITES, Op, Tape
 
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 FILE = "fp8.json"
 VERSION = 1
 E4M3_MAX = 448.0
+HEADROOM = (
+    2.0  # a binade for what calibration did not see: floating point loses nothing by it, clipping costs much
+)
+MAX_ERROR = 0.0998  # a relative error of e leaves a cosine of at least sqrt(1 - e^2): 0.995
+DEVICES = ("reference",)  # that compute fp8
 STAGES = ("vision", "prefix")
 # What can write 8-bit values: their kernels end in a conversion of float32 anyway.
 _WRITERS = ("linear", "gated_linear", "attention")
@@ -43,7 +48,6 @@ _READ = 1 << 22  # bytes that the hash of the weights takes at a time
 Floats = npt.NDArray[np.floating]
 
 
-# ---------------------------------------------------------------------------------------------------------- numbers
 def round_e4m3(x: Floats) -> npt.NDArray[np.float32]:
     """The nearest E4M3 of every value, ties to even, as float32. Beyond 448, infinities too, it is 448 of the same
     sign; NaN stays NaN."""
@@ -58,9 +62,11 @@ def round_e4m3(x: Floats) -> npt.NDArray[np.float32]:
 def scale_of(largest: Floats | float) -> npt.NDArray[np.float32]:
     """The scale, float32, that takes values of up to `largest` magnitude to E4M3's range; 1 where all are zero (or so
     small that the scale would not be a normal float32)."""
-    scale = np.asarray(largest, np.float32) / np.float32(E4M3_MAX)
+    scale = np.array(largest, np.float32)
+    scale /= np.float32(E4M3_MAX)
     # written so that NaN stays: it must be in the result and not be rounded away
-    return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
+    scale[scale < np.finfo(np.float32).tiny] = 1
+    return scale
 
 
 def row_scales(weight: Floats) -> npt.NDArray[np.float32]:
@@ -68,7 +74,6 @@ def row_scales(weight: Floats) -> npt.NDArray[np.float32]:
     return scale_of(np.abs(np.asarray(weight, np.float32)).max(1))
 
 
-# ------------------------------------------------------------------------------------------------------- operations
 def key(op: Op) -> str:
     """The name of a product in the calibration file: that of its first weight, and the columns where it takes some.
     Equal for every prompt bucket. Products that share it share their scale."""
@@ -115,12 +120,7 @@ def stored_in_fp8(tape: Tape, scales: Scales) -> dict[int, float]:
                 found.setdefault(t.buffer.id, set()).add(scales.activations[key(op)])
             else:
                 other.add(t.buffer.id)
-    written = {t.buffer.id for op in tape.ops for t in op.writes}
-    return {
-        id_: next(iter(values))
-        for id_, values in found.items()
-        if len(values) == 1 and id_ not in other and id_ in written
-    }
+    return {id_: min(values) for id_, values in found.items() if len(values) == 1 and id_ not in other}
 
 
 def hash_tape(tape: Tape) -> str:
@@ -158,7 +158,6 @@ def hash_weights(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------- calibration file
 @dataclass(frozen=True)
 class Errors:
     """How far fp8 is from bfloat16 over some observations. Of the actions in model units: the lowest and the median
@@ -221,8 +220,14 @@ def weight_files(ckpt: Checkpoint) -> set[Path]:
     return {info.file for info in ckpt.tensors.values()}
 
 
-def policy_scales(ckpt: Checkpoint, tapes: Iterable[Tape]) -> Scales:
-    """The calibration beside a policy. Raises CheckpointError where it is missing, not valid or stale."""
+def policy_scales(ckpt: Checkpoint, tapes: Iterable[Tape], *, device: str) -> Scales:
+    """The calibration beside a policy. Raises CheckpointError where it is missing, not valid or stale, EngineError for
+    a device that does not compute fp8."""
+    if device.partition(":")[0] not in DEVICES:
+        use = " or ".join(repr(name) for name in DEVICES)
+        raise EngineError(
+            f"precision 'fp8': device {device!r} does not have it: use {use}, or precision 'bf16'"
+        )
     path = ckpt.path / FILE
     scales = read_scales(path)
     scales.check(path, tapes, weight_files(ckpt))
@@ -249,14 +254,17 @@ def _parse(file: Fields) -> Scales:
         raise CheckpointError(f"{file.where}: version: expected {VERSION}, got {version}")
     _no_others(file, {"version", *(f.name for f in fields(Scales))})
     scales = file.object("activations")
-    activations = {name: scales.number(name) for name in scales.data}
+    for name in scales.data:
+        if not name.isprintable():
+            raise CheckpointError(f"{scales.where}: expected names of weights, got {show(name)}")
+    activations = {name: scales.number(name, low=1e-37) for name in scales.data}
     kept = file.strings("bf16")
     if kept is None:
         raise CheckpointError(f"{file.where}: bf16 is missing, expected a list of strings")
     for name in kept:
         if name not in activations:
             raise CheckpointError(f"{file.where}: bf16: {show(name)} is no product in activations")
-    unseen = file.data.get("unseen")
+    none = "unseen" in file.data and file.data["unseen"] is None
     return Scales(
         activations,
         tuple(kept),
@@ -265,7 +273,7 @@ def _parse(file: Fields) -> Scales:
         file.integer("samples"),
         file.integer("held_out", low=0),
         _errors(file.object("seen")),
-        None if unseen is None else _errors(file.object("unseen")),
+        None if none else _errors(file.object("unseen")),
     )
 
 
@@ -285,9 +293,8 @@ def _hash(file: Fields, name: str) -> str:
 def _no_others(file: Fields, known: Collection[Any]) -> None:
     for name in file.data:
         if name not in known:
-            raise CheckpointError(
-                f"{file.where}: {show(name)} is not known; expected {', '.join(sorted(known))}"
-            )
+            expected = ", ".join(sorted(known))
+            raise CheckpointError(f"{file.where}: {show(name)} is not known; expected {expected}")
 
 
 def _mend(path: Path) -> str:

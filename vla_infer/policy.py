@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import Engine, Program
 from vla_infer.errors import CheckpointError, EngineError, ObservationError
+from vla_infer.fp8 import policy_scales
 from vla_infer.inputs import TapeObservation, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.processors import build_processors
@@ -91,9 +92,10 @@ class Policy:
         check_weights(ckpt, tapes[0])
 
         read = weight_reader(ckpt)
+        scales = policy_scales(ckpt, tapes, device=device) if precision == "fp8" else None
         self._engine: Engine | ReferenceEngine | None
         if device.partition(":")[0] == "reference":
-            self._engine = ReferenceEngine(tapes, read, device=device, precision=precision)
+            self._engine = ReferenceEngine(tapes, read, device=device, precision=precision, scales=scales)
         else:
             self._engine = Engine(tapes, read, device=device, precision=precision, threads=threads)
         self._programs: list[tuple[int, AnyProgram]] = list(zip(buckets, self._engine.programs, strict=True))
@@ -303,13 +305,15 @@ def load_policy(
     Args:
         device: "cpu", "cuda" or "reference" (PyTorch, operation by operation: slow, to compare by).
         precision: "fp32", "bf16" or, on a CPU, "int8": 8-bit integer products with a scale for each output of a
-            weight and for each row of activations, bfloat16 in between.
+            weight and for each row of activations, bfloat16 in between; or, with device "reference", "fp8": 8-bit
+            floating point in the vision encoder and the prefix, by the scales that `vla-infer calibrate` wrote.
         num_steps: denoising steps; None takes what the checkpoint says.
         threads: of the CPU engine, None for one a processor.
         max_image: the largest picture (height, width) that `predict` will be given; only the product matters.
 
     Raises:
-        CheckpointError, UnsupportedError: the directory is not a policy this package runs.
+        CheckpointError, UnsupportedError: the directory is not a policy this package runs, or precision "fp8" has no
+            scales for it, or stale ones.
         EngineError: the device or the precision cannot be had.
     """
     if num_steps is not None and not 1 <= num_steps <= 1000:

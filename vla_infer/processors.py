@@ -92,6 +92,13 @@ class Processors:
                 result = step.backward(result, raw)
         return result
 
+    def denormalize_state(self, state: Array) -> Array:
+        """Normalised state (state_dim,) → robot units: what `encode` would turn into it. For making states up."""
+        for step in self._before:
+            if isinstance(step, Normalize):
+                state = step.state.unnormalize(state)
+        return state
+
     def normalize_actions(
         self, robot_actions: npt.NDArray[np.floating], state_raw: npt.NDArray[np.floating]
     ) -> Array:

@@ -2,7 +2,8 @@
 
 Slow, obviously right, differentiable: the yardstick of the other executors, and what trains the demonstration
 policy. In float32 or float64 it computes what the formulas say; in bfloat16 it is what PyTorch itself makes of them,
-which is the error the engine is measured against.
+which is the error the engine is measured against. In fp8 it is bfloat16 with the operands of some products rounded
+to E4M3 (`vla_infer/fp8.py`).
 
 Every operation works on the last two dimensions, the tape's rows and columns, and broadcasts over those before
 them: inputs (batch, rows, cols) run a batch, and inputs (draws, batch, rows, cols) beside others of (batch, rows,
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor as Torch
 
 from vla_infer.errors import EngineError
-from vla_infer.tape import ACTIVATIONS, NORMS, Op, Tape, Tensor
+from vla_infer.fp8 import E4M3_MAX, Scales, in_fp8, key, scale_of
+from vla_infer.tape import ACTIVATIONS, NORMS, Op, Tape, Tensor, Weight
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _ACT: dict[int, Callable[[Torch], Torch]] = {
     ACTIVATIONS["none"]: lambda x: x,
     ACTIVATIONS["gelu_tanh"]: lambda x: F.gelu(x, approximate="tanh"),
@@ -39,30 +41,63 @@ def to_torch(values: npt.NDArray[np.generic]) -> Torch:
     return torch.from_numpy(np.array(values))
 
 
-class ReferenceExecutor:
-    """Runs one tape. `read` gives a checkpoint tensor by name; precision: "fp32", "fp64" or "bf16"; device: as
-    torch names it."""
+def to_e4m3(x: Torch, scale: float | Torch) -> Torch:
+    """x / scale to the nearest E4M3, clipped; NaN stays NaN."""
+    return (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
-    def __init__(self, tape: Tape, read: ReadWeight, precision: str = "fp32", *, device: str = "cpu") -> None:
+
+class ReferenceExecutor:
+    """Runs one tape. `read` gives a checkpoint tensor by name; precision: "fp32", "fp64", "bf16" or "fp8", which
+    needs `scales`; device: as torch names it; like: an executor of the same policy, precision and device, whose
+    weights this one shares.
+
+    scales: what is in fp8 and how, None for nothing; in "fp64" with scales, all else is exact. observe: called with
+    each product and its left operand after its norm, every time that it is computed. Both may be set between runs.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        read: ReadWeight,
+        precision: str = "fp32",
+        *,
+        device: str = "cpu",
+        scales: Scales | None = None,
+        like: ReferenceExecutor | None = None,
+    ) -> None:
         if precision not in DTYPES:
             raise EngineError(f"reference: precision: expected one of {', '.join(DTYPES)}, got {precision!r}")
+        if precision == "fp8" and scales is None:
+            raise EngineError("reference: precision 'fp8' needs scales: see vla_infer.fp8.policy_scales")
         self.tape = tape
+        self.scales = scales
+        self.observe: Callable[[Op, Torch], None] | None = None
         self.device = device
         self.act = DTYPES[precision]
         # Numbers that the engine keeps in float32 stay so in bfloat16, as PyTorch's autocast would have them.
         self.full = torch.float64 if precision == "fp64" else torch.float32
         self.weights: dict[str, Torch] = {}
+        self.eights: dict[
+            Weight, tuple[Torch, Torch]
+        ] = {}  # E4M3 and scales (n, 1), made when they are needed
         self.memory: dict[int, Torch] = {}
         for buffer in tape.buffers:
             if buffer.kind == "constant":
                 assert buffer.values is not None
                 self.memory[buffer.id] = to_torch(buffer.values).to(device, self._dtype(buffer.dtype))
+        held = {}
+        if like is not None:
+            params = {b.name: like.memory[b.id] for b in like.tape.buffers if b.kind == "param"}
+            held = like.weights | params
         with torch.no_grad():
-            self.bind(lambda name: to_torch(read(name)))
+            self.bind(lambda name: held[name] if name in held else to_torch(read(name)))
+        if like is not None:
+            self.eights = like.eights
 
     def bind(self, tensor: Callable[[str], Torch]) -> None:
         """Take the checkpoint's tensors from `tensor(name)` from now on, and compute anew what depends on them
         alone. Gradients flow into them where torch has them enabled."""
+        self.eights = {}
         for name in {w.name: None for op in self.tape.ops for w in op.weights}:
             self.weights[name] = tensor(name).flatten(1).to(self.device, self.act)
         for buffer in self.tape.buffers:
@@ -132,10 +167,7 @@ class ReferenceExecutor:
             for name, t in op.operands.items()
             if t.buffer.id in self.memory and t in op.reads
         }
-        weights = []
-        for w in op.weights:
-            full = self.weights[w.name]
-            weights.append(full if w.cols is None else full[:, w.cols[0] : w.cols[1]])
+        weights = [self._eight(w) if self._in_fp8(op) else self._weight(w) for w in op.weights]
         results = getattr(self, f"_{op.kind}")(op, operands, weights)
         for name, value in results.items():
             self._put(op.operands[name], value)
@@ -154,13 +186,42 @@ class ReferenceExecutor:
             y = y + o["norm_bias"]
         return y.to(self.act)
 
+    def _weight(self, w: Weight) -> Torch:
+        full = self.weights[w.name]
+        return full if w.cols is None else full[:, w.cols[0] : w.cols[1]]
+
+    def _in_fp8(self, op: Op) -> bool:
+        return self.scales is not None and in_fp8(op, self.scales.bf16)
+
+    def _eight(self, w: Weight) -> Torch:
+        """What is left of a weight in E4M3 with a scale for each row."""
+        if w not in self.eights:
+            full = self._weight(w).to(torch.float32)
+            largest = full.abs().amax(1, keepdim=True)
+            scale = torch.from_numpy(scale_of(largest.cpu().numpy())).to(self.device)
+            self.eights[w] = to_e4m3(full, scale), scale
+        values, scale = self.eights[w]
+        return values.to(self.full) * scale
+
+    def _left(self, op: Op, o: Mapping[str, Torch]) -> Torch:
+        """The left operand of a product, norm(x); in fp8 what is left of it in E4M3."""
+        x = self._normed(op, o, o["x"])
+        if self.observe is not None:
+            self.observe(op, x)
+        if self.scales is None or not self._in_fp8(op):
+            return x
+        scale = self.scales.activations[key(op)]
+        return to_e4m3(x, scale).to(self.full) * scale
+
     def _product(self, x: Torch, w: Torch, bias: Torch | None) -> Torch:
         if bias is not None and bias.dim() > 2:  # a bias of its own for each of a batch
-            return F.linear(x, w) + bias.to(x.dtype)
-        return F.linear(x, w, None if bias is None else bias.reshape(-1).to(x.dtype))
+            y = F.linear(x, w) + bias.to(x.dtype)
+        else:
+            y = F.linear(x, w, None if bias is None else bias.reshape(-1).to(x.dtype))
+        return y.to(self.act)
 
     def _linear(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
-        y = self._product(self._normed(op, o, o["x"]), w[0], o.get("bias"))
+        y = self._product(self._left(op, o), w[0], o.get("bias"))
         if op.attrs["scale"] != 1.0:
             y = y * op.attrs["scale"]
         y = _ACT[int(op.attrs["act"])](y)
@@ -172,11 +233,12 @@ class ReferenceExecutor:
         return {"out": y}
 
     def _gated_linear(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
-        x = self._normed(op, o, o["x"])
-        return {"out": _ACT[int(op.attrs["act"])](F.linear(x, w[0])) * F.linear(x, w[1])}
+        x = self._left(op, o)
+        gate, up = self._product(x, w[0], None), self._product(x, w[1], None)
+        return {"out": _ACT[int(op.attrs["act"])](gate) * up}
 
     def _qkv(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
-        x = self._normed(op, o, o["x"])
+        x = self._left(op, o)
         d = int(op.attrs["head_dim"])
         results = {}
         for name, weight in zip([n for n in ("q", "k", "v") if n in op.operands], w, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_infer.errors import EngineError
+from vla_infer.fp8 import Scales
 from vla_infer.inputs import empty_inputs
 from vla_infer.tape import Tape
 
@@ -40,13 +41,19 @@ class ReferenceProgram:
 
 
 class ReferenceEngine:
-    """As `engine.Engine`. device: "reference", or "reference:cuda" to run it there."""
+    """As `engine.Engine`. device: "reference", or "reference:cuda" to run it there; scales: of precision "fp8"."""
 
     weight_bytes = 0
     arena_bytes = 0
 
     def __init__(
-        self, tapes: Sequence[Tape], read: Callable[[str], Array], *, device: str, precision: str
+        self,
+        tapes: Sequence[Tape],
+        read: Callable[[str], Array],
+        *,
+        device: str,
+        precision: str,
+        scales: Scales | None = None,
     ) -> None:
         try:
             from vla_infer.reference import ReferenceExecutor
@@ -54,6 +61,9 @@ class ReferenceEngine:
             raise EngineError(f"device reference: needs {error.name}; pip install torch") from None
         place = device.partition(":")[2] or "cpu"
         self.device_name = f"reference ({place})"
-        self.programs = [
-            ReferenceProgram(ReferenceExecutor(tape, read, precision, device=place), tape) for tape in tapes
-        ]
+        first: ReferenceExecutor | None = None
+        self.programs = []
+        for tape in tapes:
+            executor = ReferenceExecutor(tape, read, precision, device=place, scales=scales, like=first)
+            first = first or executor
+            self.programs.append(ReferenceProgram(executor, tape))

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vla_infer.calibrate import table
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import PRECISIONS, Engine
 from vla_infer.errors import CheckpointError
+from vla_infer.fp8 import MAX_ERROR, Errors, Scales, policy_scales
 from vla_infer.inputs import TapeObservation, empty_inputs, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.policy import weight_reader
 from vla_infer.processors import build_processors
+from vla_infer.reference_engine import ReferenceEngine
 from vla_infer.rtc import Rtc, tape_inputs
 from vla_infer.safetensors_io import open_safetensors, read_tensor
 from vla_infer.tape import Tape
@@ -32,7 +35,6 @@ Run = Callable[[Tape, dict[str, Array]], dict[str, Array]]
 
 LIMIT_FP32 = 1e-4
 LIMIT_BF16 = 0.02  # never more, whatever PyTorch's error is; alone where PyTorch is not installed
-LIMIT_INT8 = 0.0998  # an error of e leaves a cosine of at least sqrt(1 - e^2): 0.995
 OVER_TORCH = 1.5
 
 
@@ -136,9 +138,18 @@ class Verification:
             yield f"chunking {schedule.lower()}", relative(actions, g[name][0])
 
 
-def engine_run(ckpt: Checkpoint, *, device: str, precision: str) -> Run:
+def engine_run(ckpt: Checkpoint, *, device: str, precision: str, scales: Scales | None = None) -> Run:
+    """Runs a tape on a device; scales: of precision "fp8"."""
+
     def run(tape: Tape, inputs: dict[str, Array]) -> dict[str, Array]:
-        program = Engine([tape], weight_reader(ckpt), device=device, precision=precision).programs[0]
+        engine: Engine | ReferenceEngine
+        if device.partition(":")[0] == "reference":
+            engine = ReferenceEngine(
+                [tape], weight_reader(ckpt), device=device, precision=precision, scales=scales
+            )
+        else:
+            engine = Engine([tape], weight_reader(ckpt), device=device, precision=precision)
+        program = engine.programs[0]
         for name, values in inputs.items():
             program.inputs[name][...] = values
         program.run()
@@ -162,10 +173,11 @@ def torch_run(ckpt: Checkpoint, *, precision: str) -> Run | None:
 
 def verify(ckpt: Checkpoint, golden: Path, *, device: str, precision: str) -> list[Line]:
     """Errors by stage. Limits: 1e-4 in float32; in bfloat16 1.5 times the error of PyTorch in bfloat16 on the same
-    tape where PyTorch is installed, and never above 0.02; in int8 what leaves a cosine of 0.995."""
+    tape where PyTorch is installed, and never above 0.02; in int8 and fp8 what leaves a cosine of 0.995."""
     verification = Verification(ckpt, golden)
-    errors = list(verification.stages(engine_run(ckpt, device=device, precision=precision)))
-    most = {"fp32": LIMIT_FP32, "bf16": LIMIT_BF16, "int8": LIMIT_INT8}[precision]
+    scales = policy_scales(ckpt, [verification.tape()], device=device) if precision == "fp8" else None
+    errors = list(verification.stages(engine_run(ckpt, device=device, precision=precision, scales=scales)))
+    most = {"fp32": LIMIT_FP32, "bf16": LIMIT_BF16, "int8": MAX_ERROR, "fp8": MAX_ERROR}[precision]
     limits = dict.fromkeys((stage for stage, _ in errors), most)
     peer = torch_run(ckpt, precision=precision) if precision == "bf16" else None
     if peer is not None:
@@ -173,11 +185,38 @@ def verify(ckpt: Checkpoint, golden: Path, *, device: str, precision: str) -> li
     return [Line(stage, error, limits[stage]) for stage, error in errors]
 
 
+def against_bfloat16(ckpt: Checkpoint, golden: Path, *, device: str) -> tuple[int, Errors]:
+    """How far fp8 is from bfloat16 on the same device: over how many of the golden runs, and the errors."""
+    from vla_infer.calibration import Actions, errors_of
+
+    verification = Verification(ckpt, golden)
+    scales = policy_scales(ckpt, [verification.tape()], device=device)
+    columns, raw = slice(ckpt.action_dim), verification.golden["raw_state"]
+    found: dict[str, list[Actions]] = {"bf16": [], "fp8": []}
+    for precision, actions in found.items():
+        run = engine_run(
+            ckpt, device=device, precision=precision, scales=scales if precision == "fp8" else None
+        )
+
+        def recorded(
+            tape: Tape, inputs: dict[str, Array], run: Run = run, actions: list[Actions] = actions
+        ) -> dict[str, Array]:
+            outputs = run(tape, inputs)
+            if tape.steps == verification.sizes.steps:
+                model = outputs["actions"].astype(float)
+                robot = verification.processors.decode(outputs["actions"], raw).astype(float)
+                actions.append(Actions(model[:, columns], inputs["actions"][:, columns].astype(float), robot))
+            return outputs
+
+        list(verification.stages(recorded))
+    return len(found["fp8"]), errors_of(list(zip(found["bf16"], found["fp8"], strict=True)))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("policy", type=Path, help="a policy directory")
     parser.add_argument("--golden", type=Path, help="expected values (POLICY/golden.safetensors)")
-    parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set> or cuda")
-    parser.add_argument("--precision", default="fp32", choices=sorted(PRECISIONS))
+    parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set>, cuda or reference")
+    parser.add_argument("--precision", default="fp32", choices=sorted({*PRECISIONS, "fp8"}))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -190,4 +229,7 @@ def main(args: argparse.Namespace) -> int:
         print(
             f"{'PASS' if line.passed else 'FAIL'}  {line.stage:<16} {line.error:9.2e}  (limit {line.limit:.1e})"
         )
+    if args.precision == "fp8":
+        count, errors = against_bfloat16(ckpt, golden, device=args.device)
+        print(f"fp8 against bfloat16\n{table([('golden', count, errors)])}")
     return 0 if all(line.passed for line in lines) else 1

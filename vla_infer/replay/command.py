@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", required=True, help="directory of the policy as LeRobot saves it")
     parser.add_argument("--contract", required=True, help="contract: a YAML file or a shipped name")
     parser.add_argument("--mode", choices=MODES, default="direct", help="default: direct, which needs no ROS")
-    parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set> or cuda")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "int8"))
+    parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set>, cuda or reference")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "int8", "fp8"))
     parser.add_argument("--steps", type=int, help="denoising steps; default: the checkpoint's")
     parser.add_argument("--threads", type=int, help="threads of the CPU engine")
     parser.add_argument(
