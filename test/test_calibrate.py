@@ -80,6 +80,7 @@ def test_random_pictures_have_light_edges_and_grain() -> None:
         step = np.abs(np.diff(picture, axis=1))
         assert np.median(step) < picture.std() / 3
         assert step.max() > 30
+    assert np.mean([(np.diff(picture, axis=1) == 0).mean() for picture in pictures]) < 0.2
     assert len({picture.tobytes() for picture in pictures}) == 8
 
 
@@ -221,10 +222,13 @@ def test_other_devices_cannot_calibrate(device: str) -> None:
 def test_without_torch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(sys.modules, "vla_infer.reference")
+    monkeypatch.delitem(sys.modules, "vla_infer.reference", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["calibrate", str(ROOT / "smolvla"), "--samples", "1", "--out", str(tmp_path / "x")]) == 1
-    assert capsys.readouterr().err == "vla-infer calibrate: calibrate: needs torch; pip install torch\n"
+    assert (
+        capsys.readouterr().err
+        == "vla-infer calibrate: the reference executor needs torch; pip install torch\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the file's use
@@ -258,15 +262,20 @@ def test_policy_without_scales_or_with_stale_ones_is_refused(policy: Path) -> No
 
 
 def test_verify(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(policy), "--precision", "fp8", "--device", "reference"]) == 0
+    assert main(["verify", str(policy), "--precision", "fp8", "--device", "reference", "--layers"]) == 0
     lines = capsys.readouterr().out.splitlines()
     stages = {line[6:22].strip(): float(line[22:].split()[0]) for line in lines if line.startswith("PASS")}
     assert 5e-3 < stages["actions"] < 0.0998
-    assert lines[-3] == "fp8 against bfloat16"
-    name, count, cosine, *_, relative, _, _ = lines[-1].split()
+    at = lines.index("fp8 against bfloat16")
+    name, count, cosine, *_, relative, _, _ = lines[at + 2].split()
     assert (name, count) == ("golden", "5")
     assert 0.995 < float(cosine) < 1
     assert 5e-3 < float(relative) < 0.0998
+    alone = {line.split()[-1]: float(line.split()[0]) for line in lines[at + 4 :]}
+    assert sorted(alone) == sorted(products(Runner(CKPT, some(1), device="reference").tape))
+    assert 0 < min(alone.values()) <= max(alone.values()) < stages["actions"]
+    assert main(["verify", str(policy), "--layers"]) == 1
+    assert "--layers: expected --precision fp8, got fp32" in capsys.readouterr().err
     assert main(["verify", str(policy), "--precision", "fp8"]) == 1
     assert "device 'cpu' does not have it" in capsys.readouterr().err
 

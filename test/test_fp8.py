@@ -171,6 +171,14 @@ def test_file_comes_back(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [fp8.FILE]
 
 
+def test_hash_of_weights_is_of_all_bytes_by_name(tmp_path: Path) -> None:
+    files = [tmp_path / f"model-{i}" for i in range(8)]
+    for path in files:
+        path.write_bytes(path.name.encode())
+    want = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    assert fp8.hash_weights(files[::-1] + files) == want
+
+
 def test_stale_file_is_refused_by_name(tmp_path: Path) -> None:
     t, weights = tape("smolvla"), [tmp_path / "b", tmp_path / "a"]
     weights[0].write_bytes(b"two")
@@ -297,6 +305,16 @@ def test_what_is_kept_is_as_in_bfloat16() -> None:
     assert relative(run(c, "fp8", scales), run(c, "bf16")) > 1e-2
     with pytest.raises(EngineError, match="precision 'fp8' needs scales"):
         run(c, "fp8")
+
+
+def test_other_weights_are_rounded_anew() -> None:
+    c = product("gated_linear")
+    scales = scales_of(c.tape, activations={"w": 0.01})
+    executor = ReferenceExecutor(c.tape, c.weights.__getitem__, "fp8", scales=scales)
+    executor.run(c.inputs)
+    c.weights["up"] = -c.weights["up"]
+    executor.bind(lambda name: torch.from_numpy(c.weights[name]))
+    np.testing.assert_array_equal(executor.run(c.inputs)["result"], run(c, "fp8", scales))
 
 
 @pytest.mark.parametrize("where", ["input", "weight"])

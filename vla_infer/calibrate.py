@@ -71,7 +71,8 @@ def main(args: argparse.Namespace) -> int:
         layers = runner.layers(scales)
         limit = args.keep_limit or args.max_error / max(1, len(layers)) ** 0.5
         proposed = [name for name, errors in layers.items() if errors.relative_l2 > limit]
-        print(layer_report(layers, limit, proposed))
+        print(layer_report(layers, proposed))
+        print(f"{len(proposed)} of {len(layers)} add more than {limit:.4f}")
         if args.keep and proposed:
             scales = runner.measured(scales, proposed)
             print(report(f"with {len(proposed)} of {len(layers)} products in bfloat16", scales))
@@ -142,14 +143,11 @@ def table(rows: Sequence[tuple[str, int, Errors]]) -> str:
     return "\n".join(lines)
 
 
-def layer_report(layers: Mapping[str, Errors], limit: float, proposed: Sequence[str]) -> str:
-    """What each product adds, the worst first, and which are proposed to stay in bfloat16."""
-    lines = [
-        "added by each product alone (worst relative L2, worst cosine), * above the limit to keep it in bfloat16:"
-    ]
+def layer_report(layers: Mapping[str, Errors], proposed: Sequence[str] = ()) -> str:
+    """What each product adds, the worst first; proposed: to stay in bfloat16."""
+    lines = ["added by each product alone: worst relative L2, worst cosine (*: proposed to stay in bfloat16)"]
     lines += [
         f"{'*' if name in proposed else ' '} {e.relative_l2:.5f}  {e.cosine:.6f}  {name}"
         for name, e in layers.items()
     ]
-    lines.append(f"{len(proposed)} of {len(layers)} add more than {limit:.4f}")
     return "\n".join(lines)

@@ -89,7 +89,7 @@ class Runner:
         try:
             import vla_infer.reference as reference
         except ModuleNotFoundError as error:
-            raise EngineError(f"calibrate: needs {error.name}; pip install torch") from None
+            raise EngineError(f"the reference executor needs {error.name}; pip install torch") from None
         self._reference = reference
         self.ckpt = ckpt
         self.observations = list(observations)

@@ -46,13 +46,8 @@ class Spread(Generic[_Item]):
         self._kept: list[_Item] = []
         self._stride, self._given = 1, 0
 
-    @property
-    def wanted(self) -> bool:
-        """Whether the next item will be kept."""
-        return self._given % self._stride == 0
-
     def add(self, item: _Item) -> None:
-        if self.wanted:
+        if self._given % self._stride == 0:
             self._kept.append(item)
         self._given += 1
         if len(self._kept) == 2 * self._count:
@@ -84,9 +79,7 @@ class _Collector:
     def predict(
         self, images: Mapping[str, Image], state: npt.NDArray[np.float32], task: str, *, rtc: Any = None
     ) -> npt.NDArray[np.float32]:
-        # pictures and state may lie in memory that the next frame takes
-        own = {name: image.copy() for name, image in images.items()} if self._spread.wanted else {}
-        self._spread.add(Observation(own, np.array(state), task))
+        self._spread.add(Observation(dict(images), state, task))
         return self._actions
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ def to_torch(values: npt.NDArray[np.generic]) -> Torch:
 
 
 def to_e4m3(x: Torch, scale: float | Torch) -> Torch:
-    """x / scale to the nearest E4M3, clipped; NaN stays NaN."""
+    """x / scale to the nearest E4M3, clipped (which PyTorch does or not, by version); NaN stays NaN."""
     return (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 

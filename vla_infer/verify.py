@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vla_infer.calibrate import table
+from vla_infer.calibrate import layer_report, table
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import PRECISIONS, Engine
-from vla_infer.errors import CheckpointError
+from vla_infer.errors import CheckpointError, EngineError
 from vla_infer.fp8 import MAX_ERROR, Errors, Scales, policy_scales
 from vla_infer.inputs import TapeObservation, empty_inputs, fill_inputs
 from vla_infer.models import FAMILIES
@@ -212,15 +212,30 @@ def against_bfloat16(ckpt: Checkpoint, golden: Path, *, device: str) -> tuple[in
     return len(found["fp8"]), errors_of(list(zip(found["bf16"], found["fp8"], strict=True)))
 
 
+def by_product(ckpt: Checkpoint, golden: Path, *, device: str) -> dict[str, Errors]:
+    """What each product in fp8 adds alone on the golden observation, the worst first; device: "reference…"."""
+    from vla_infer.calibration import Runner
+    from vla_infer.observations import Observation
+
+    verification = Verification(ckpt, golden)
+    frames = dict(zip(ckpt.cameras, verification.golden["frames"], strict=True))
+    observation = Observation(frames, verification.golden["raw_state"], verification.meta["task"])
+    scales = policy_scales(ckpt, [verification.tape()], device=device)
+    return Runner(ckpt, [observation], device=device).layers(scales)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("policy", type=Path, help="a policy directory")
     parser.add_argument("--golden", type=Path, help="expected values (POLICY/golden.safetensors)")
     parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set>, cuda or reference")
     parser.add_argument("--precision", default="fp32", choices=sorted({*PRECISIONS, "fp8"}))
+    parser.add_argument("--layers", action="store_true", help="of fp8: what each product adds alone")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print a line for each stage; 1 where one of them is off."""
+    if args.layers and args.precision != "fp8":
+        raise EngineError(f"--layers: expected --precision fp8, got {args.precision}")
     ckpt = read_checkpoint(args.policy)
     golden = args.golden or args.policy / "golden.safetensors"
     lines = verify(ckpt, golden, device=args.device, precision=args.precision)
@@ -232,4 +247,6 @@ def main(args: argparse.Namespace) -> int:
     if args.precision == "fp8":
         count, errors = against_bfloat16(ckpt, golden, device=args.device)
         print(f"fp8 against bfloat16\n{table([('golden', count, errors)])}")
+    if args.layers:
+        print(layer_report(by_product(ckpt, golden, device=args.device)))
     return 0 if all(line.passed for line in lines) else 1
