@@ -53,6 +53,8 @@ def _observations(running: Running, counts: dict[str, int], clock: NodeClock) ->
     for topic in topics:
         values[f"received {topic}"] = counts.get(f"received {topic}", 0)
         values[f"rejected {topic}"] = counts.get(f"rejected {topic}", 0)
+        if topic in running.inputs.refusals:
+            values[f"why {topic} was rejected"] = running.inputs.refusals[topic]
     values["dropped_images"] = running.buffer.dropped
     values["rejected_observations"] = counts.get("frames_rejected", 0)
     for kind in ("missing", "stale", "unsynchronised"):

@@ -78,6 +78,7 @@ class Inputs:
         self._reporter = reporter
         self._arrived = arrived
         self.image_age = Window()  # s from stamp to callback
+        self.refusals: dict[str, str] = {}  # topic -> why its last refused message was refused
         self._subscriptions: list[Any] = []
         try:
             self._subscribe_all(contract)
@@ -111,6 +112,7 @@ class Inputs:
                 callback(message)
             except ObservationError as error:
                 self._reporter.counts.add(f"rejected {topic}")
+                self.refusals[topic] = str(error)
                 self._reporter.warn(f"rejected {topic}", f"{topic}: {error}; message ignored")
 
         guarded = self._reporter.guarded(topic, receive)
