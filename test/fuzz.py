@@ -1,4 +1,5 @@
-"""A deterministic fuzzer of everything that reads what others wrote: checkpoints, messages, contracts, URDFs.
+"""A deterministic fuzzer of everything that reads what others wrote: checkpoints, messages, contracts, URDFs,
+calibrations.
 
     python test/fuzz.py --cases 1000000 --processes 2       all targets in turn
     python test/fuzz.py --target checkpoint --seed 7 --cases 10000
@@ -41,6 +42,7 @@ from vla_infer.codecs_image import MAX_PIXELS
 from vla_infer.contract import parse_contract
 from vla_infer.contract_parse import read_yaml
 from vla_infer.errors import VlaInferError
+from vla_infer.fp8 import Errors, Scales, read_scales
 from vla_infer.frame import FrameBuffer, Now
 from vla_infer.instruction import clean_instruction, neutralize_markers
 from vla_infer.processors import build_processors
@@ -308,6 +310,30 @@ class ContractTarget:
         parse_contract(read_yaml(path), file="f.yaml")
 
 
+class CalibrationTarget:
+    """Calibration files of precision fp8, changed as documents and as text. What is taken can be divided by."""
+
+    most = 24 << 20
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="vla_infer_fuzz")
+        self._path = Path(self._folder.name) / "fp8.json"
+        errors = Errors(0.999, 0.9995, 0.998, 0.04, 0.03, 1.5)
+        scales = {f"layers.{i}.weight": 0.1 * i + 0.1 for i in range(4)}
+        Scales(scales, ("layers.1.weight",), "a" * 64, "b" * 64, 48, 16, errors, errors).write(self._path)
+        self._text = self._path.read_bytes()
+
+    def __call__(self, rng: random.Random) -> None:
+        if rng.random() < 0.7:
+            text = json.dumps(mutate_tree(rng, json.loads(self._text))).encode()
+        else:
+            text = mutate_bytes(rng, self._text)
+        self._path.write_bytes(text)
+        scales = read_scales(self._path)
+        assert set(scales.bf16) <= set(scales.activations)
+        assert all(np.isfinite(np.float32(1) / np.float32(s)) for s in scales.activations.values())
+
+
 class UrdfTarget:
     """A URDF changed as text."""
 
@@ -333,6 +359,7 @@ TARGETS: dict[str, Callable[[], Any]] = {
     "message": MessageTarget,
     "contract": ContractTarget,
     "urdf": UrdfTarget,
+    "calibration": CalibrationTarget,
 }
 
 
