@@ -47,10 +47,10 @@ std::vector<vla::HostMatrix> matrices(const std::vector<py::array>& parts) {
 py::array over(py::object owner, const void* data, const PlaceTuple& t) {
   const auto& [store, offset, rows, cols, ld, step, dtype] = t;
   const DType type = static_cast<DType>(dtype);
-  const py::dtype format = type == DType::kF32   ? py::dtype::of<float>()
-                           : type == DType::kI32 ? py::dtype::of<int32_t>()
-                           : type == DType::kU8  ? py::dtype::of<uint8_t>()
-                                                 : py::dtype::of<uint16_t>();
+  const py::dtype format = type == DType::kF32       ? py::dtype::of<float>()
+                           : type == DType::kI32     ? py::dtype::of<int32_t>()
+                           : vla::size_of(type) == 1 ? py::dtype::of<uint8_t>()
+                                                     : py::dtype::of<uint16_t>();
   const auto size = static_cast<py::ssize_t>(vla::size_of(type));
   return py::array(format, {py::ssize_t{rows}, py::ssize_t{cols}}, {ld * size, size}, data, owner);
 }
@@ -101,6 +101,12 @@ PYBIND11_MODULE(_engine, m) {
              const std::vector<vla::HostMatrix> given = matrices(parts);
              py::gil_scoped_release release;
              return e.pack_int8(static_cast<vla::Packing>(packing), given);
+           })
+      .def("pack_fp8",
+           [](vla::Engine& e, int packing, const std::vector<py::array>& parts) {
+             const std::vector<vla::HostMatrix> given = matrices(parts);
+             py::gil_scoped_release release;
+             return e.pack_fp8(static_cast<vla::Packing>(packing), given);
            })
       .def("store", [](vla::Engine& e, const py::array& a,
                        int dtype) { return e.store(matrix(a), static_cast<DType>(dtype)); })

@@ -58,6 +58,13 @@ class Device {
   virtual Weight pack_int8(Packing, const std::vector<HostMatrix>&) {
     throw std::runtime_error("engine: precision: device '" + name() + "' has no int8, device 'cpu' has");
   }
+  // Whether operands may be E4M3.
+  virtual bool has_e4m3() const { return false; }
+  // As pack(), as E4M3 with a scale for each row of W. Throws where the device has no E4M3.
+  virtual Weight pack_fp8(Packing, const std::vector<HostMatrix>&) {
+    throw std::runtime_error("engine: precision: device '" + name() +
+                             "' has no fp8, device 'cuda' of compute capability 9.0 has");
+  }
   // Bytes held for packed weights and allocations, scratch included.
   virtual size_t weight_bytes() const = 0;
   virtual size_t scratch_bytes() const = 0;

@@ -36,7 +36,8 @@ void check_size(size_t bytes) {
 
 void check_dtype(DType dtype) {
   const int code = static_cast<int>(dtype);
-  if (code < 0 || code > 3) throw std::invalid_argument("engine: no such type: " + std::to_string(code));
+  if (code < 0 || code > static_cast<int>(DType::kE4M3) || dtype == DType::kI8)
+    throw std::invalid_argument("engine: no such type: " + std::to_string(code));
 }
 
 }  // namespace
@@ -111,6 +112,12 @@ int Engine::pack_int8(Packing packing, const std::vector<HostMatrix>& parts) {
   constexpr int kMost = 65000;  // 255 * 127 * k stays in 32 bits
   if (parts[0].k > kMost) throw std::invalid_argument("pack: more columns than int8 sums hold");
   impl_->weights.push_back(impl_->device->pack_int8(packing, parts));
+  return static_cast<int>(impl_->weights.size()) - 1;
+}
+
+int Engine::pack_fp8(Packing packing, const std::vector<HostMatrix>& parts) {
+  check_parts(packing, parts);
+  impl_->weights.push_back(impl_->device->pack_fp8(packing, parts));
   return static_cast<int>(impl_->weights.size()) - 1;
 }
 
@@ -218,7 +225,8 @@ void Program::add(Phase phase, const std::string& kind, const std::map<std::stri
                           : phase == Phase::kLoop   ? impl_->script.body
                                                     : impl_->script.after;
   Op op = parse(recorded);
-  check(op, impl_->engine.device->act(), kind);
+  const Device& device = *impl_->engine.device;
+  check(op, {device.act(), device.has_e4m3()}, kind);
   list.push_back(std::move(op));
 }
 

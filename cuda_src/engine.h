@@ -48,6 +48,7 @@ class VLA_API Engine {
   // All return a number to refer to what was stored. Values are copied (converted) to the device.
   int pack(Packing packing, const std::vector<HostMatrix>& parts, int rows);
   int pack_int8(Packing packing, const std::vector<HostMatrix>& parts);
+  int pack_fp8(Packing packing, const std::vector<HostMatrix>& parts);
   int store(const HostMatrix& values, DType as);
   int store_ints(const int32_t* values, int rows, int cols);
   // One arena for all programs; to be called once, before the first program is finished.

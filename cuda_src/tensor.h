@@ -8,7 +8,7 @@
 
 namespace vla {
 
-enum class DType : int { kF32 = 0, kBF16 = 1, kI32 = 2, kU8 = 3, kI8 = 4 };
+enum class DType : int { kF32 = 0, kBF16 = 1, kI32 = 2, kU8 = 3, kI8 = 4, kE4M3 = 5 };
 
 constexpr size_t size_of(DType type) {
   return type == DType::kF32 || type == DType::kI32 ? 4 : type == DType::kBF16 ? 2 : 1;

@@ -7,7 +7,7 @@ namespace {
 
 class Checker {
  public:
-  Checker(DType act, const std::string& kind) : act_(act), kind_(kind) {}
+  Checker(const Takes& takes, const std::string& kind) : act_(takes.act), e4m3_(takes.e4m3), kind_(kind) {}
 
   void operator()(const ImagePatches& op) const {
     need(op.patch > 0 && op.patch <= 4096 && op.height > 0 && op.width > 0 && op.height % op.patch == 0 &&
@@ -18,30 +18,30 @@ class Checker {
     shape(op.out, op.frames.rows * patches, 3 * op.patch * op.patch, "out");
     type(op.frames, DType::kU8, "frames");
     type(op.geometry, DType::kI32, "geometry");
-    type(op.out, act_, "out");
+    if (!quantised(op.out, op.out_scale)) type(op.out, act_, "out");
   }
 
   void operator()(const Linear& op) const {
-    product(op.x, op.norm, op.w, op.out.cols);
+    product(op.x, op.norm, op.w, op.out.cols, op.x_scale);
     shape(op.out, op.x.rows, op.out.cols, "out");
     row(op.bias, op.out.cols, "bias");
     row(op.gate, op.out.cols, "gate");
     if (op.residual) need(op.residual.cols == op.out.cols, "residual and out differ in columns");
     values(op.residual, "residual");
-    values(op.out, "out");
+    product_out(op.out, op.x_scale, op.out_scale);
   }
 
   void operator()(const GatedLinear& op) const {
-    product(op.x, op.norm, op.w, 2 * int64_t{op.out.cols});
+    product(op.x, op.norm, op.w, 2 * int64_t{op.out.cols}, op.x_scale);
     need(op.w.packing == Packing::kInterleaved && op.w.n[0] == op.w.n[1], "W is no pair of equal matrices");
     shape(op.out, op.x.rows, op.out.cols, "out");
-    values(op.out, "out");
+    product_out(op.out, op.x_scale, op.out_scale);
   }
 
   void operator()(const Qkv& op) const {
     need(op.q || op.k || op.v, "none of q, k and v");
     need(op.head_dim > 0, "head_dim is not above 0");
-    product(op.x, op.norm, op.w, int64_t{op.q.cols} + op.k.cols + op.v.cols);
+    product(op.x, op.norm, op.w, int64_t{op.q.cols} + op.k.cols + op.v.cols, op.x_scale);
     const View* const outs[] = {&op.q, &op.k, &op.v};
     const View* const biases[] = {&op.q_bias, &op.k_bias, &op.v_bias};
     size_t part = 0;
@@ -77,7 +77,7 @@ class Checker {
     need(op.q.rows % op.batch == 0 && op.k.rows % op.batch == 0, "rows are no multiple of batch");
     shape(op.out, op.q.rows, op.q.cols, "out");
     for (const View* v : {&op.q, &op.k, &op.v}) type(*v, act_, "q, k or v");
-    values(op.out, "out");
+    if (!quantised(op.out, op.out_scale)) values(op.out, "out");
     need(bool(op.q_block) == bool(op.k_block), "q_block and k_block go together");
     if (!op.q_block) return;
     shape(op.q_block, op.q.rows / op.batch, 1, "q_block");
@@ -94,7 +94,7 @@ class Checker {
     shape(op.out, op.x.rows / (f * f), op.x.cols * f * f, "out");
     norm(op.norm, op.x.cols);
     values(op.x, "x");
-    type(op.out, act_, "out");
+    if (!quantised(op.out, op.out_scale)) type(op.out, act_, "out");
   }
 
   void operator()(const Embed& op) const {
@@ -106,7 +106,7 @@ class Checker {
   }
 
   void operator()(const Euler& op) const {
-    product(op.h, op.norm, op.w, op.x.cols);
+    product(op.h, op.norm, op.w, op.x.cols, 0.0f);
     shape(op.x, op.h.rows, op.x.cols, "x");
     shape(op.previous, op.h.rows, op.x.cols, "previous");
     shape(op.weight, op.h.rows, 1, "weight");
@@ -145,18 +145,43 @@ class Checker {
     row(norm.weight, k, "norm_weight");
     row(norm.bias, k, "norm_bias");
   }
-  void product(const View& x, const Norm& n, const Weight& w, int64_t rows) const {
+  // True where `v` is E4M3; then it has a scale, and rows that the copy engine can read.
+  bool quantised(const View& v, float scale) const {
+    const bool is = v && v.dtype == DType::kE4M3;
+    need(is == (scale != 0.0f), is ? "an E4M3 operand without its scale" : "a scale for what is not E4M3");
+    if (!is) return false;
+    need(e4m3_, "this device has no E4M3");
+    need(reinterpret_cast<uintptr_t>(v.base) % 16 == 0 && v.ld % 16 == 0 && v.step_bytes % 16 == 0,
+         "rows of an E4M3 operand do not start on multiples of 16 bytes");
+    return true;
+  }
+  void product_out(const View& out, float x_scale, float out_scale) const {
+    if (!quantised(out, out_scale)) return values(out, "out");
+    need(x_scale != 0.0f, "an E4M3 out needs an E4M3 W");
+  }
+  void product(const View& x, const Norm& n, const Weight& w, int64_t rows, float x_scale) const {
     norm(n, x.cols);
-    values(x, "x");
+    const bool e4m3 = w.dtype == DType::kE4M3;
+    need(e4m3 == (x_scale != 0.0f), e4m3 ? "an E4M3 W without x_scale" : "x_scale without an E4M3 W");
+    need(!e4m3 || e4m3_, "this device has no E4M3");
+    if (x.dtype == DType::kE4M3) {
+      quantised(x, x_scale);
+      need(n.kind == NormKind::kNone, "a norm of an E4M3 x");
+    } else {
+      values(x, "x");
+    }
     need(w.k == x.cols && w.rows() == rows, "W does not fit x and the outputs");
   }
 
   DType act_;
+  bool e4m3_;
   const std::string& kind_;
 };
 
 }  // namespace
 
-void check(const Op& op, DType act, const std::string& kind) { std::visit(Checker(act, kind), op); }
+void check(const Op& op, const Takes& takes, const std::string& kind) {
+  std::visit(Checker(takes, kind), op);
+}
 
 }  // namespace vla

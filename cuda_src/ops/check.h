@@ -8,7 +8,13 @@
 
 namespace vla {
 
-// act: what "act" means on the device. kind: the operation's name, for the message.
-void check(const Op& op, DType act, const std::string& kind);
+// What a device takes. act: what "act" means on it.
+struct Takes {
+  DType act = DType::kF32;
+  bool e4m3 = false;
+};
+
+// kind: the operation's name, for the message.
+void check(const Op& op, const Takes& takes, const std::string& kind);
 
 }  // namespace vla

@@ -1,6 +1,11 @@
 // The operations of the tape, as the executors get them: everything resolved, nothing left to look up.
 // Formulas and shapes are those of vla_infer/tape.py, repeated here next to the structures that carry them.
 // "act" is float32 or bfloat16; sums, norms and softmax are float32 in both.
+//
+// E4M3 (on devices that have it): a value v is held as the nearest E4M3 number to v / scale, saturating.
+// x_scale, of a product whose W is E4M3: norm(x) is multiplied as E4M3 with this scale; x itself is either
+// not yet quantised or, without a norm, E4M3 with this scale already. out_scale: out is E4M3 with this scale.
+// 0 where there is none.
 #pragma once
 
 #include <variant>
@@ -15,6 +20,7 @@ namespace vla {
 struct ImagePatches {
   View frames, geometry, out;
   int height = 0, width = 0, patch = 0;
+  float out_scale = 0.0f;
 };
 
 // out (m, n) = residual + gate * act(scale * (norm(x) W^T + bias)).
@@ -25,6 +31,7 @@ struct Linear {
   Weight w;
   Act act = Act::kNone;
   float scale = 1.0f;
+  float x_scale = 0.0f, out_scale = 0.0f;
 };
 
 // out (m, n) = act(norm(x) G^T) * (norm(x) U^T); W holds G and U interleaved.
@@ -33,6 +40,7 @@ struct GatedLinear {
   Norm norm;
   Weight w;
   Act act = Act::kNone;
+  float x_scale = 0.0f, out_scale = 0.0f;
 };
 
 // q, k, v (m, heads * d) = norm(x) W^T + bias, with rotary embedding on the heads of q and k:
@@ -44,6 +52,7 @@ struct Qkv {
   Norm norm;
   Weight w;
   int head_dim = 0;
+  float x_scale = 0.0f;
 };
 
 // out (batch * m, heads * d) = softmax(q k^T / sqrt(d) + mask) v by head; kv heads are shared by heads /
@@ -53,6 +62,7 @@ struct Attention {
   View q, k, v, q_block, k_block, out;
   int head_dim = 0, batch = 1;
   bool int8 = false;  // q and k by row, v by column and the probabilities as 8-bit integers
+  float out_scale = 0.0f;
 };
 
 // out (batch * height * width / f^2, d * f^2): norm(x), then squares of f x f rows of the grid become one
@@ -61,6 +71,7 @@ struct SpaceToDepth {
   View x, out;
   Norm norm;
   int factor = 1, height = 0, width = 0;
+  float out_scale = 0.0f;
 };
 
 // out[i] (m, d) = scale * table[tokens[i]]; tokens (m, 1) i32 (out of range: row 0), table (vocabulary, d)

@@ -32,6 +32,15 @@ class Reader {
     return value;
   }
   bool flag(const std::string& name) { return attrs_.count(name) && integer(name, 0, 1) == 1; }
+  // The scale of an operand in E4M3, 0 where there is none. Far from float32's ends, so that its inverse and
+  // its product with a weight's scale are numbers too.
+  float scale(const std::string& name) {
+    if (!attrs_.count(name)) return 0.0f;
+    const double value = attr(name);
+    if (!(value >= 1e-37 && value <= 1e37))
+      fail("attribute '" + name + "' is " + std::to_string(value) + ", expected a positive scale");
+    return static_cast<float>(value);
+  }
   int integer(const std::string& name, int least = 0, int most = 1 << 30) {
     const double value = attr(name);
     if (!(value >= least && value <= most) || value != static_cast<int>(value))
@@ -82,6 +91,7 @@ ImagePatches image_patches(Reader& r) {
   op.height = r.integer("height");
   op.width = r.integer("width");
   op.patch = r.integer("patch");
+  op.out_scale = r.scale("out_scale");
   r.type(op.frames, DType::kU8, "frames");
   r.type(op.geometry, DType::kI32, "geometry");
   return op;
@@ -97,6 +107,8 @@ Linear linear(Reader& r) {
   op.norm = r.norm();
   op.act = r.act();
   op.scale = static_cast<float>(r.attr("scale"));
+  op.x_scale = r.scale("x_scale");
+  op.out_scale = r.scale("out_scale");
   op.w = r.weight(op.x, op.out.cols, 1);
   r.type(op.bias, DType::kF32, "bias");
   r.type(op.gate, DType::kF32, "gate");
@@ -109,6 +121,8 @@ GatedLinear gated_linear(Reader& r) {
   op.out = r.need("out");
   op.norm = r.norm();
   op.act = r.act();
+  op.x_scale = r.scale("x_scale");
+  op.out_scale = r.scale("out_scale");
   op.w = r.weight(op.x, 2 * op.out.cols, 2);
   return op;
 }
@@ -126,6 +140,7 @@ Qkv qkv(Reader& r) {
   op.positions = r.maybe("positions");
   op.norm = r.norm();
   op.head_dim = r.integer("head_dim");
+  op.x_scale = r.scale("x_scale");
   op.w = r.weight(op.x, op.q.cols + op.k.cols + op.v.cols, size_t(bool(op.q)) + bool(op.k) + bool(op.v));
   r.type(op.rope, DType::kF32, "rope");
   r.type(op.positions, DType::kI32, "positions");
@@ -144,6 +159,7 @@ Attention attention(Reader& r) {
   op.head_dim = r.integer("head_dim");
   op.batch = r.integer("batch");
   op.int8 = r.flag("int8");
+  op.out_scale = r.scale("out_scale");
   if (op.int8 && op.head_dim > 1024) r.fail("int8 takes heads of up to 1024 columns");
   r.type(op.q_block, DType::kI32, "q_block");
   r.type(op.k_block, DType::kI32, "k_block");
@@ -156,6 +172,7 @@ SpaceToDepth space_to_depth(Reader& r) {
   op.out = r.need("out");
   op.norm = r.norm();
   op.factor = r.integer("factor");
+  op.out_scale = r.scale("out_scale");
   op.height = r.integer("height");
   op.width = r.integer("width");
   return op;
