@@ -111,7 +111,7 @@ void launch_product(const T& op, const Launch& launch, const Run& run) {
     CUDA_OK(cuda::launch_large(op, launch));
   } else {
     Launch at = launch;
-    cuda::Product p;
+    cuda::QuantisedProduct p;
     CUDA_OK(cuda::make_product(op, at, &p));
     CUDA_OK(run(p, at));
   }

@@ -123,7 +123,7 @@ void time_product(const Size& s, bool sweep, const cuda::Tile* probe = nullptr) 
   CUDA_OK(cudaMemset(positions.base, 0, s.m * 4));
   const auto product = [&](int i) {
     Launch at = base;
-    cuda::Product p;
+    cuda::QuantisedProduct p;
     const Weight& w = weights[i % weights.size()];
     if (s.kind == kL) {
       Linear op;

@@ -56,44 +56,20 @@ class CudaDevice final : public Device {
   }
 
   Weight pack(Packing packing, const std::vector<HostMatrix>& parts, int rows) override {
-    Weight w{nullptr, DType::kBF16, packing, parts.at(0).k, {}};
-    const std::string what = "packing a weight of " + std::to_string(w.k) + " columns";
-    size_t raw_bytes = 0;
-    for (const HostMatrix& p : parts) {
-      w.n.push_back(p.n);
-      raw_bytes += round(static_cast<size_t>(p.n) * p.k * size_of(p.dtype));
-    }
+    Weight w = unpacked(packing, parts, DType::kBF16);
     // few columns of the result, such as an action's, are for the small kernels whatever the rows
-    const bool few = (rows <= kSmallRows && w.k <= kLongestSmall) || w.rows() <= kFewColumns;
-    const Layout layout = few ? Layout::kFragments : Layout::kRows;
-    if (raw_bytes > raw_size_) {
-      VLA_CHECK(cudaStreamSynchronize(context_.stream), what);
-      if (raw_) cudaFree(raw_);
-      raw_ = nullptr, raw_size_ = 0;
-      void* p = nullptr;
-      VLA_CHECK(cudaMalloc(&p, raw_bytes), what);
-      raw_ = static_cast<std::byte*>(p), raw_size_ = raw_bytes;
+    const bool small = (rows <= kSmallRows && w.k <= kLongestSmall) || w.rows() <= kFewColumns;
+    return pack_as(std::move(w), small ? Layout::kFragments : Layout::kRows, parts,
+                   {small ? packed_bytes_small : packed_bytes_large, small ? pack_small : pack_large});
+  }
+
+  bool has_e4m3() const override { return context_.arch == 90; }
+  Weight pack_fp8(Packing packing, const std::vector<HostMatrix>& parts) override {
+    if (!has_e4m3()) {
+      throw Unsupported("cuda: " + name_ + ": precision 'fp8': expected compute capability 9.0; use 'bf16'");
     }
-    std::vector<RawMatrix> raw;
-    std::byte* at = raw_;
-    for (const HostMatrix& p : parts) {
-      const size_t size = size_of(p.dtype), row = static_cast<size_t>(p.k) * size;
-      upload(at, p.data, static_cast<size_t>(p.n), row, static_cast<size_t>(p.ld) * size);
-      raw.push_back({at, p.dtype, p.n, p.k, p.k});
-      at += round(static_cast<size_t>(p.n) * row);
-    }
-    const bool small = layout == Layout::kFragments;
-    const size_t bytes =
-        small ? packed_bytes_small(packing, w.n, w.k) : packed_bytes_large(packing, w.n, w.k);
-    std::byte* to = pool_.take(bytes);
-    VLA_CHECK(cudaStreamSynchronize(nullptr), what);
-    VLA_CHECK(
-        small ? pack_small(to, packing, raw, context_.stream) : pack_large(to, packing, raw, context_.stream),
-        what);
-    weight_bytes_ += bytes;
-    layouts_[to] = layout;
-    w.data = to;
-    return w;
+    return pack_as(unpacked(packing, parts, DType::kE4M3), Layout::kRows, parts,
+                   {packed_bytes_e4m3, pack_e4m3});
   }
 
   size_t weight_bytes() const override { return weight_bytes_; }
@@ -116,6 +92,48 @@ class CudaDevice final : public Device {
   }
 
  private:
+  static Weight unpacked(Packing packing, const std::vector<HostMatrix>& parts, DType dtype) {
+    Weight w{nullptr, dtype, packing, parts.at(0).k, {}};
+    for (const HostMatrix& p : parts) w.n.push_back(p.n);
+    return w;
+  }
+
+  // How a layout is made: the bytes it takes, and the packing.
+  struct Packer {
+    size_t (*bytes)(Packing, const std::vector<int>&, int);
+    cudaError_t (*pack)(void*, Packing, const std::vector<RawMatrix>&, cudaStream_t);
+  };
+
+  Weight pack_as(Weight w, Layout layout, const std::vector<HostMatrix>& parts, const Packer& packer) {
+    const std::string what = "packing a weight of " + std::to_string(w.k) + " columns";
+    size_t raw_bytes = 0;
+    for (const HostMatrix& p : parts) raw_bytes += round(static_cast<size_t>(p.n) * p.k * size_of(p.dtype));
+    if (raw_bytes > raw_size_) {
+      VLA_CHECK(cudaStreamSynchronize(context_.stream), what);
+      if (raw_) cudaFree(raw_);
+      raw_ = nullptr, raw_size_ = 0;
+      void* p = nullptr;
+      VLA_CHECK(cudaMalloc(&p, raw_bytes), what);
+      raw_ = static_cast<std::byte*>(p), raw_size_ = raw_bytes;
+    }
+    std::vector<RawMatrix> raw;
+    std::byte* at = raw_;
+    for (const HostMatrix& p : parts) {
+      const size_t size = size_of(p.dtype), row = static_cast<size_t>(p.k) * size;
+      upload(at, p.data, static_cast<size_t>(p.n), row, static_cast<size_t>(p.ld) * size);
+      raw.push_back({at, p.dtype, p.n, p.k, p.k});
+      at += round(static_cast<size_t>(p.n) * row);
+    }
+    const size_t bytes = packer.bytes(w.packing, w.n, w.k);
+    std::byte* to = pool_.take(bytes);
+    VLA_CHECK(cudaStreamSynchronize(nullptr), what);
+    VLA_CHECK(packer.pack(to, w.packing, raw, context_.stream), what);
+    weight_bytes_ += bytes;
+    layouts_[to] = layout;
+    w.data = to;
+    return w;
+  }
+
   static size_t round(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
   // Host rows to tight device rows, through two pinned buffers: the copy to the device goes on while the next

@@ -22,7 +22,8 @@ Overloaded(F...) -> Overloaded<F...>;
 
 std::string describe(const Op& op) {
   const auto product = [](const char* name, const View& x, const Weight& w) {
-    return std::string(name) + " " + shape(x) + " x " + shape(w.rows(), w.k);
+    return std::string(name) + " " + shape(x) + " x " + shape(w.rows(), w.k) +
+           (w.dtype == DType::kE4M3 ? " in E4M3" : "");
   };
   return std::visit(Overloaded{[](const ImagePatches& o) { return "image_patches " + shape(o.out); },
                                [&](const Linear& o) { return product("linear", o.x, o.w); },

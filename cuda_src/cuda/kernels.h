@@ -68,6 +68,10 @@ size_t packed_bytes_large(Packing packing, const std::vector<int>& n, int k);
 cudaError_t pack_small(void* to, Packing packing, const std::vector<RawMatrix>& parts, cudaStream_t stream);
 cudaError_t pack_large(void* to, Packing packing, const std::vector<RawMatrix>& parts, cudaStream_t stream);
 
+// The same in E4M3 with scales, for the large products.
+size_t packed_bytes_e4m3(Packing packing, const std::vector<int>& n, int k);
+cudaError_t pack_e4m3(void* to, Packing packing, const std::vector<RawMatrix>& parts, cudaStream_t stream);
+
 // ---- small (m <= 64): weights are kFragments
 // ------------------------------------------------------------------
 cudaError_t launch_small(const Linear& op, const Launch& at);

@@ -47,7 +47,7 @@ struct Sizes {
   static constexpr int kThreads = 128 * GROUPS;
 };
 
-template <int D, int GROUPS, int KEYS>
+template <int D, int GROUPS, int KEYS, bool E4M3>
 __global__ void __launch_bounds__(128 * GROUPS) attention_kernel(const __grid_constant__ Queries p) {
   using S = Sizes<D, GROUPS, KEYS>;
   constexpr int kKeys = S::kKeys, kThreads = S::kThreads, kOut = D / 8;
@@ -217,7 +217,20 @@ __global__ void __launch_bounds__(128 * GROUPS) attention_kernel(const __grid_co
     const int row = q0 + r + 8 * h;
     if (row >= p.m) continue;
     const float share = total[h] > 0.0f ? 1.0f / total[h] : 0.0f;
-    bf16* const to = p.out + (static_cast<int64_t>(batch) * p.m + row) * p.ldo + head * d;
+    const int64_t at = (static_cast<int64_t>(batch) * p.m + row) * p.ldo + head * d;
+    if constexpr (E4M3) {
+      e4m3* const to = static_cast<e4m3*>(p.out) + at;
+#pragma unroll
+      for (int j = 0; j < kOut; ++j) {
+        const int c = j * 8 + 2 * (lane & 3);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (c + e < d) to[c + e] = to_e4m3(out[j][2 * h + e] * share * p.out_inverse);
+        }
+      }
+      continue;
+    }
+    bf16* const to = static_cast<bf16*>(p.out) + at;
 #pragma unroll
     for (int j = 0; j < kOut; ++j) {
       const int c = j * 8 + 2 * (lane & 3);
@@ -234,8 +247,10 @@ __global__ void __launch_bounds__(128 * GROUPS) attention_kernel(const __grid_co
 template <int D, int GROUPS, int KEYS>
 cudaError_t run(const Queries& p, const Launch& at) {
   using S = Sizes<D, GROUPS, KEYS>;
-  return launch_kernel(attention_kernel<D, GROUPS, KEYS>, dim3(ceil_div(p.m, kQueries), p.heads, p.batch),
-                       dim3(S::kThreads), S::kShared, at, 1, p);
+  const auto kernel = p.out_inverse != 0.0f ? attention_kernel<D, GROUPS, KEYS, true>
+                                            : attention_kernel<D, GROUPS, KEYS, false>;
+  return launch_kernel(kernel, dim3(ceil_div(p.m, kQueries), p.heads, p.batch), dim3(S::kThreads), S::kShared,
+                       at, 1, p);
 }
 
 }  // namespace
@@ -255,7 +270,8 @@ cudaError_t launch_large(const Attention& op, const Launch& at) {
   p.q = op.q.at<const bf16>(at.step);
   p.k = op.k.at<const bf16>(at.step);
   p.v = op.v.at<const bf16>(at.step);
-  p.out = op.out.at<bf16>(at.step);
+  p.out = op.out.at<void>(at.step);
+  if (op.out.dtype == DType::kE4M3) p.out_inverse = 1.0f / op.out_scale;
   p.ldq = op.q.ld;
   p.ldk = op.k.ld;
   p.ldv = op.v.ld;

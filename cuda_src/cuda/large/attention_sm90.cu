@@ -32,7 +32,7 @@ struct Shape {
   static constexpr int kBlocks = !SHARE ? 1 : GROUPS == 1 ? 3 : 2;  // that a multiprocessor should hold
 };
 
-template <int D, int GROUPS, bool SHARE>
+template <int D, int GROUPS, bool SHARE, bool E4M3>
 __global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks)
     attention_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
                      const __grid_constant__ CUtensorMap map_v, const __grid_constant__ Queries p) {
@@ -229,9 +229,25 @@ __global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = row0 + 8 * h;
+    if constexpr (E4M3) {
+      const float share = total[h] > 0.0f ? p.out_inverse / total[h] : 0.0f;
+      e4m3* const to = static_cast<e4m3*>(p.out) + (static_cast<int64_t>(batch) * p.m + row) * p.ldo +
+                       head * p.head_dim + q / 2 * 4;
+#pragma unroll
+      for (int i = 0; i < D / 8; i += 2) {
+        const auto pair = [&](int block) {
+          return pack_e4m3(out[4 * block + 2 * h] * share, out[4 * block + 2 * h + 1] * share);
+        };
+        const uint32_t four = join_e4m3(pair(i), pair(i + 1));
+        const int block = i + (q & 1);
+        if (row < p.m && 8 * block < p.head_dim) *reinterpret_cast<uint32_t*>(to + 8 * block) = four;
+      }
+      continue;
+    }
     if (row >= p.m) continue;
     const float share = total[h] > 0.0f ? 1.0f / total[h] : 0.0f;
-    bf16* const to = p.out + (static_cast<int64_t>(batch) * p.m + row) * p.ldo + head * p.head_dim + 2 * q;
+    bf16* const to = static_cast<bf16*>(p.out) + (static_cast<int64_t>(batch) * p.m + row) * p.ldo +
+                     head * p.head_dim + 2 * q;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
       if (8 * i < p.head_dim) {
@@ -255,8 +271,9 @@ cudaError_t run(const Queries& p, const Launch& at) {
     error = tensor_map_heads(&maps[2], p.v, p.batch * p.n, kv_heads, p.head_dim, p.ldv, kKeys);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(p.m, kQueries * S::kTiles), p.heads, p.batch);
-  return launch_kernel(attention_kernel<D, GROUPS, SHARE>, grid, dim3(128 * GROUPS), S::kShared, at, 1,
-                       maps[0], maps[1], maps[2], p);
+  const auto kernel = p.out_inverse != 0.0f ? attention_kernel<D, GROUPS, SHARE, true>
+                                            : attention_kernel<D, GROUPS, SHARE, false>;
+  return launch_kernel(kernel, grid, dim3(128 * GROUPS), S::kShared, at, 1, maps[0], maps[1], maps[2], p);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Pixels to patches.
-#include "../common.cuh"
+#include "e4m3.cuh"
 
 namespace vla::cuda {
 namespace {
@@ -13,6 +13,7 @@ struct Pictures {
   int64_t ldo = 0;
   bool out_f32 = false;
   int height = 0, width = 0, patch = 0;
+  float inverse = 1.0f;  // of the scale of an E4M3 out
 };
 
 // Bilinear interpolation between pixel centres, as image libraries define it: where output pixel i of `to`
@@ -30,6 +31,7 @@ __device__ __forceinline__ Between between(int i, int from, int to) {
 // out (cameras * patches, 3 patch^2), columns (c, y, x) = resized pixel / 127.5 - 1, and -1 where there is
 // none. A thread for each pixel of the padded picture; geometry: h, w, stride, resized h, resized w, top,
 // left, present.
+template <bool E4M3>
 __global__ void __launch_bounds__(128) patches_kernel(const Pictures p) {
   pdl_trigger();
   pdl_wait();
@@ -57,7 +59,13 @@ __global__ void __launch_bounds__(128) patches_kernel(const Pictures p) {
   const int64_t patch = (static_cast<int64_t>(camera) * (p.height / s) + y / s) * across + x / s;
   const int64_t at = patch * p.ldo + y % s * s + x % s;
 #pragma unroll
-  for (int c = 0; c < 3; ++c) store_from_float(p.out, at + c * s * s, v[c], p.out_f32);
+  for (int c = 0; c < 3; ++c) {
+    if constexpr (E4M3) {
+      static_cast<e4m3*>(p.out)[at + c * s * s] = to_e4m3(v[c] * p.inverse);
+    } else {
+      store_from_float(p.out, at + c * s * s, v[c], p.out_f32);
+    }
+  }
 }
 
 }  // namespace
@@ -75,8 +83,10 @@ cudaError_t launch(const ImagePatches& op, const Launch& at) {
   p.height = op.height;
   p.width = op.width;
   p.patch = op.patch;
-  return launch_kernel(patches_kernel, dim3(ceil_div(op.width, 128), op.height, op.frames.rows), dim3(128), 0,
-                       at, 1, p);
+  const bool e4m3_out = op.out.dtype == DType::kE4M3;
+  if (e4m3_out) p.inverse = 1.0f / op.out_scale;
+  return launch_kernel(e4m3_out ? patches_kernel<true> : patches_kernel<false>,
+                       dim3(ceil_div(op.width, 128), op.height, op.frames.rows), dim3(128), 0, at, 1, p);
 }
 
 }  // namespace vla::cuda

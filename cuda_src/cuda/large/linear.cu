@@ -8,8 +8,9 @@
 namespace vla::cuda {
 namespace {
 
-// Columns of a packed weight: rows start on multiples of 16 bytes.
+// Columns of a packed weight, and of a left operand in the scratch: rows start on multiples of 16 bytes.
 int packed_k(int k) { return round_up(k, 8); }
+int packed_k_e4m3(int k) { return round_up(k, 16); }
 // Rows of one of the two matrices of a gated product: they alternate by 32.
 int gated_rows(int n) { return round_up(n, 32); }
 
@@ -32,26 +33,68 @@ __global__ void __launch_bounds__(256)
   to[static_cast<int64_t>(at + packed) * ld + col] = __float2bfloat16(v);
 }
 
-// The left operand in bf16 with rows on multiples of 16 bytes: x itself, or norm(x) in the scratch.
-bool is_plain(const View& x, const Norm& norm, int step) {
-  return norm.kind == NormKind::kNone && x.dtype == DType::kBF16 && aligned16(x, step);
+// An E4M3 weight in memory: its packed rows, then a scale for each of them.
+size_t scales_at(int rows, int k) { return (static_cast<size_t>(rows) * packed_k_e4m3(k) + 255) / 256 * 256; }
+
+// The larger one; a NaN stays.
+__device__ __forceinline__ float larger(float a, float b) { return b <= a || a != a ? a : b; }
+
+// One row of an E4M3 weight a block: scale = the largest magnitude / 448 (1 where that is no normal number),
+// value = the nearest to element / scale, zeros beyond n and k. Rows go where pack_kernel puts them. A NaN or
+// an infinity makes the row's output NaN.
+__global__ void __launch_bounds__(256)
+    pack_e4m3_kernel(e4m3* to, float* scales, int ld, int at, int block, const void* from, bool f32, int n,
+                     int k, int64_t ld_from) {
+  __shared__ float tops[8];
+  const int row = blockIdx.x, packed = at + (block ? row / block * 2 * block + row % block : row);
+  const auto element = [&](int col) {  // as bf16 has it
+    return __bfloat162float(__float2bfloat16(load_as_float(from, row * ld_from + col, f32)));
+  };
+  float top = 0.0f;
+  if (row < n) {
+    for (int col = threadIdx.x; col < k; col += blockDim.x) top = larger(top, fabsf(element(col)));
+  }
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) top = larger(top, __shfl_xor_sync(0xffffffffu, top, o));
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) top = larger(top, tops[i]);
+  float scale = top / kLargestE4M3;
+  if (scale < 1.17549435e-38f) scale = 1.0f;
+  if (threadIdx.x == 0) scales[packed] = scale;
+  for (int col = threadIdx.x; col < ld; col += blockDim.x) {
+    const float v = row < n && col < k ? element(col) : 0.0f;
+    to[static_cast<int64_t>(packed) * ld + col] = to_e4m3(v / scale);
+  }
 }
+
+// The left operand as the product reads it, rows on multiples of 16 bytes: x itself, or norm(x) in the
+// scratch.
+bool is_plain(const View& x, const Norm& norm, DType type, int step) {
+  return norm.kind == NormKind::kNone && x.dtype == type && aligned16(x, step);
+}
+// Not less than rows of E4M3 take.
 size_t left_bytes(const View& x) { return static_cast<size_t>(x.rows) * packed_k(x.cols) * 2; }
 
-cudaError_t prepare_left(Product& p, const View& x, const Norm& norm, Launch& at) {
+cudaError_t prepare_left(QuantisedProduct& p, const View& x, const Norm& norm, Launch& at) {
+  const bool quantised = p.w_scale != nullptr;
   p.m = x.rows;
   p.k = x.cols;
-  if (is_plain(x, norm, at.step)) {
-    p.a = x.at<const bf16>(at.step);
+  if (is_plain(x, norm, quantised ? DType::kE4M3 : DType::kBF16, at.step)) {
+    p.a = x.at<const void>(at.step);
     p.lda = x.ld;
     return cudaSuccess;
   }
+  if (x.dtype == DType::kE4M3) return cudaErrorMisalignedAddress;
   if (left_bytes(x) > at.scratch_bytes) return cudaErrorMemoryAllocation;
-  bf16* to = reinterpret_cast<bf16*>(at.scratch);
-  const cudaError_t error = normalise_rows(x, norm, to, packed_k(x.cols), packed_k(x.cols), at);
+  p.a = at.scratch;
+  p.lda = quantised ? packed_k_e4m3(x.cols) : packed_k(x.cols);
+  const int ld = static_cast<int>(p.lda);
+  const cudaError_t error =
+      quantised ? normalise_rows_e4m3(x, norm, reinterpret_cast<e4m3*>(at.scratch), ld, 1.0f / p.x_scale, at)
+                : normalise_rows(x, norm, reinterpret_cast<bf16*>(at.scratch), ld, ld, at);
   at.pdl = true;
-  p.a = to;
-  p.lda = packed_k(x.cols);
   return error;
 }
 
@@ -61,13 +104,33 @@ void set_activation(Product& p, Act act) {
   p.act_cubic = act == Act::kGeluTanh ? 0.035677408136300125f : 0.0f;
 }
 
-void set_weight(Product& p, const Weight& w) {
-  p.w = static_cast<const bf16*>(w.data);
-  p.ldw = packed_k(w.k);
+void set_weight(QuantisedProduct& p, const Weight& w, float x_scale) {
+  p.w = w.data;
   p.n = packed_rows(w.packing, w.n);
+  if (w.dtype != DType::kE4M3) {
+    p.ldw = packed_k(w.k);
+    return;
+  }
+  p.ldw = packed_k_e4m3(w.k);
+  p.w_scale = reinterpret_cast<const float*>(static_cast<const std::byte*>(w.data) + scales_at(p.n, w.k));
+  p.x_scale = x_scale;
 }
 
-cudaError_t run(const Product& p, const Launch& at) {
+// Where a Linear or a GatedLinear writes.
+void set_out(QuantisedProduct& p, const View& out, float out_scale, int step) {
+  p.out = out.at<void>(step);
+  p.ldo = out.ld;
+  p.cols = out.cols;
+  p.out_f32 = out.dtype == DType::kF32;
+  const int piece = out.dtype == DType::kE4M3 ? 16 : 8;  // columns of 16 bytes
+  if (out.dtype == DType::kE4M3) p.out_inverse = 1.0f / out_scale;
+  p.wide = !p.out_f32 && p.cols % piece == 0 && aligned16(out, step);
+}
+
+cudaError_t run(const QuantisedProduct& p, const Launch& at) {
+  if (p.w_scale) {
+    return at.arch == 90 ? product_e4m3(p, choose_tile_e4m3(p, at.sms), at) : cudaErrorNotSupported;
+  }
   if (at.arch == 90) return product_sm90(p, choose_tile_sm90(p, at.sms), at);
   return product_sm80(p, at);
 }
@@ -110,20 +173,41 @@ cudaError_t pack_large(void* to, Packing packing, const std::vector<RawMatrix>& 
   return cudaSuccess;
 }
 
-cudaError_t make_product(const Linear& op, Launch& at, Product* made) {
-  Product p;
+size_t packed_bytes_e4m3(Packing packing, const std::vector<int>& n, int k) {
+  const int rows = packed_rows(packing, n);
+  return scales_at(rows, k) + rows * sizeof(float);
+}
+
+cudaError_t pack_e4m3(void* to, Packing packing, const std::vector<RawMatrix>& parts, cudaStream_t stream) {
+  std::vector<int> n;
+  for (const RawMatrix& part : parts) n.push_back(part.n);
+  const int ld = packed_k_e4m3(parts.at(0).k);
+  auto* scales = reinterpret_cast<float*>(static_cast<std::byte*>(to) +
+                                          scales_at(packed_rows(packing, n), parts.at(0).k));
+  int at = 0;
+  for (const RawMatrix& part : parts) {
+    const bool interleaved = packing == Packing::kInterleaved;
+    const int rows = interleaved ? gated_rows(part.n) : part.n;
+    pack_e4m3_kernel<<<static_cast<unsigned>(rows), 256, 0, stream>>>(
+        static_cast<e4m3*>(to), scales, ld, at, interleaved ? 32 : 0, part.data, part.dtype == DType::kF32,
+        part.n, part.k, part.ld);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+    at += interleaved ? 32 : rows;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t make_product(const Linear& op, Launch& at, QuantisedProduct* made) {
+  QuantisedProduct p;
   p.kind = ProductKind::kLinear;
-  set_weight(p, op.w);
-  p.out = op.out.at<void>(at.step);
-  p.ldo = op.out.ld;
-  p.cols = op.out.cols;
-  p.out_f32 = op.out.dtype == DType::kF32;
+  set_weight(p, op.w, op.x_scale);
+  set_out(p, op.out, op.out_scale, at.step);
   set_activation(p, op.act);
   p.scale = op.scale;
   p.bias = floats(op.bias, at.step);
   p.has_bias = p.bias != nullptr;
   p.gate = floats(op.gate, at.step);
-  p.wide = !p.out_f32 && p.cols % 8 == 0 && aligned16(op.out, at.step);
   if (op.residual) {
     p.residual = op.residual.at<const bf16>(at.step);
     p.ldr = op.residual.ld;
@@ -135,25 +219,21 @@ cudaError_t make_product(const Linear& op, Launch& at, Product* made) {
   return error;
 }
 
-cudaError_t make_product(const GatedLinear& op, Launch& at, Product* made) {
-  Product p;
+cudaError_t make_product(const GatedLinear& op, Launch& at, QuantisedProduct* made) {
+  QuantisedProduct p;
   p.kind = ProductKind::kGated;
-  set_weight(p, op.w);
-  p.out = op.out.at<void>(at.step);
-  p.ldo = op.out.ld;
-  p.cols = op.out.cols;
-  p.out_f32 = op.out.dtype == DType::kF32;
+  set_weight(p, op.w, op.x_scale);
+  set_out(p, op.out, op.out_scale, at.step);
   set_activation(p, op.act);
-  p.wide = !p.out_f32 && p.cols % 8 == 0 && aligned16(op.out, at.step);
   const cudaError_t error = prepare_left(p, op.x, op.norm, at);
   *made = p;
   return error;
 }
 
-cudaError_t make_product(const Qkv& op, Launch& at, Product* made) {
-  Product p;
+cudaError_t make_product(const Qkv& op, Launch& at, QuantisedProduct* made) {
+  QuantisedProduct p;
   p.kind = ProductKind::kQkv;
-  set_weight(p, op.w);
+  set_weight(p, op.w, op.x_scale);
   p.head_dim = op.head_dim;
   p.wide = true;
   const View* const parts[3] = {&op.q, &op.k, &op.v};
@@ -186,21 +266,21 @@ cudaError_t make_product(const Qkv& op, Launch& at, Product* made) {
 
 cudaError_t launch_large(const Linear& op, const Launch& launch) {
   Launch at = launch;
-  Product p;
+  QuantisedProduct p;
   const cudaError_t error = make_product(op, at, &p);
   return error != cudaSuccess ? error : run(p, at);
 }
 
 cudaError_t launch_large(const GatedLinear& op, const Launch& launch) {
   Launch at = launch;
-  Product p;
+  QuantisedProduct p;
   const cudaError_t error = make_product(op, at, &p);
   return error != cudaSuccess ? error : run(p, at);
 }
 
 cudaError_t launch_large(const Qkv& op, const Launch& launch) {
   Launch at = launch;
-  Product p;
+  QuantisedProduct p;
   cudaError_t error = make_product(op, at, &p);
   if (error == cudaSuccess) error = run(p, at);
   if (op.rope && !p.rotate) {
@@ -233,14 +313,17 @@ std::string refuse_large(const Op& op) {
       return "rotary embedding: expected an even head size, got " + std::to_string(o->head_dim);
   }
   if (const auto* o = std::get_if<Attention>(&op)) {
-    for (const View* v : {&o->q, &o->k, &o->v, &o->out}) {
+    for (const View* v : {&o->q, &o->k, &o->v}) {
       if (v->dtype != DType::kBF16) return "attention: expected bfloat16, got another type";
     }
+    if (o->out.dtype != DType::kBF16 && o->out.dtype != DType::kE4M3)
+      return "attention: expected a bfloat16 or E4M3 out, got another type";
     if (o->head_dim > 256)
       return "attention: expected heads of up to 256, got " + std::to_string(o->head_dim);
   }
   if (const auto* o = std::get_if<SpaceToDepth>(&op)) {
-    if (o->out.dtype != DType::kBF16) return "space_to_depth: expected a bfloat16 out, got another type";
+    if (o->out.dtype != DType::kBF16 && o->out.dtype != DType::kE4M3)
+      return "space_to_depth: expected a bfloat16 or E4M3 out, got another type";
   }
   return "";
 }

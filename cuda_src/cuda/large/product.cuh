@@ -6,7 +6,9 @@
 // float32.
 #pragma once
 
-#include "../common.cuh"
+#include <type_traits>
+
+#include "e4m3.cuh"
 
 namespace vla::cuda {
 
@@ -15,8 +17,8 @@ enum class ProductKind : int { kLinear = 0, kGated = 1, kQkv = 2 };
 struct Product {
   ProductKind kind = ProductKind::kLinear;
   int m = 0, n = 0, k = 0;  // n: packed rows
-  const bf16* a = nullptr;
-  const bf16* w = nullptr;
+  const void* a = nullptr;  // bf16; E4M3 in a QuantisedProduct
+  const void* w = nullptr;
   int64_t lda = 0, ldw = 0;
   // kLinear and kGated: out (m, cols) = residual + gate * act(scale * (c + bias));  = act(c of G) * (c of U)
   void* out = nullptr;
@@ -45,6 +47,16 @@ struct Product {
   int rope_rows = 1;
   const int* positions = nullptr;
 };
+
+// The same with a and w in E4M3: the sums of packed column i are multiplied by x_scale * w_scale[i] before
+// anything else. A product in bf16 has no w_scale.
+struct QuantisedProduct : Product {
+  const float* w_scale = nullptr;
+  float x_scale = 1.0f;
+  float out_inverse = 0.0f;  // not 0: out is E4M3, what is computed times this
+};
+template <typename P>
+constexpr bool kQuantised = std::is_same_v<P, QuantisedProduct>;
 
 struct Columns {
   int first, second;  // packed columns of the two halves of a unit
@@ -76,10 +88,17 @@ __device__ __forceinline__ float bias_of(const Product& p, int column) {
   const int part = column < p.end[0] ? 0 : column < p.end[1] ? 1 : 2;
   return p.part_bias[part] ? p.part_bias[part][column - (part ? p.end[part - 1] : 0)] : 0.0f;
 }
-// The same for column i of a tile whose first unit is `unit`.
-__device__ __forceinline__ float bias_in_tile(const Product& p, int unit, int i) {
+// The packed column that is column i of a tile whose first unit is `unit`.
+__device__ __forceinline__ int column_in_tile(const Product& p, int unit, int i) {
   const Columns c = columns_of(p, unit + i / 64);
-  return bias_of(p, (i & 32 ? c.second : c.first) + i % 32);
+  return (i & 32 ? c.second : c.first) + i % 32;
+}
+__device__ __forceinline__ float bias_in_tile(const Product& p, int unit, int i) {
+  return bias_of(p, column_in_tile(p, unit, i));
+}
+__device__ __forceinline__ float scale_in_tile(const QuantisedProduct& p, int unit, int i) {
+  const int column = column_in_tile(p, unit, i);
+  return column < p.n ? p.x_scale * p.w_scale[column] : 0.0f;
 }
 
 // ---- a unit's end. A warp has 16 rows of 64 packed columns as wgmma and mma leave them: x and y, its two
@@ -108,6 +127,9 @@ __device__ __forceinline__ void store_shared16(uint32_t address, const uint4& v)
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+__device__ __forceinline__ void store_shared2(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(v)) : "memory");
 }
 __device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t (&r)[4], uint32_t staging,
                                                 int piece) {
@@ -158,7 +180,8 @@ __device__ __forceinline__ Ahead look_ahead(const Product& p, int row0, int unit
 struct Eight {
   float v[8];
 };
-static __device__ __noinline__ void store_narrow(const Product& p, int row, int c, Eight e) {
+template <typename P>
+static __device__ __noinline__ void store_narrow(const P& p, int row, int c, Eight e) {
   if (row >= p.m) return;
   const int q = threadIdx.x & 3;
   const bf16* r = p.residual ? p.residual + residual_row(p, row) * p.ldr : nullptr;
@@ -170,6 +193,13 @@ static __device__ __noinline__ void store_narrow(const Product& p, int row, int 
       const int part = col < p.end[0] ? 0 : col < p.end[1] ? 1 : 2;
       p.part[part][row * p.part_ld[part] + col - (part ? p.end[part - 1] : 0)] = __float2bfloat16(e.v[j]);
     } else if (col < p.cols) {
+      if constexpr (kQuantised<P>) {
+        if (p.out_inverse != 0.0f) {
+          const float v = e.v[j] + (r ? __bfloat162float(r[col]) : 0.0f);
+          static_cast<e4m3*>(p.out)[row * p.ldo + col] = to_e4m3(v * p.out_inverse);
+          continue;
+        }
+      }
       store_from_float(p.out, row * p.ldo + col, e.v[j] + (r ? __bfloat162float(r[col]) : 0.0f), p.out_f32);
     }
   }
@@ -178,6 +208,23 @@ __device__ __forceinline__ Eight eight_of(const float* v) {
   return {{v[0], v[1], v[4], v[5], v[8], v[9], v[12], v[13]}};
 }
 
+// What there is for each of a unit's 64 columns, in shared memory; nullptr: nothing.
+struct PerColumn {
+  const float* bias = nullptr;
+  const float* scale = nullptr;  // of the sums; always there in a QuantisedProduct
+};
+// Multiplies by 32 scales in shared memory.
+__device__ __forceinline__ void scale_sums(const float* scale, float* x) {
+  const int q = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 s = *reinterpret_cast<const float2*>(scale + 8 * i + 2 * q);
+    x[4 * i] *= s.x;
+    x[4 * i + 1] *= s.y;
+    x[4 * i + 2] *= s.x;
+    x[4 * i + 3] *= s.y;
+  }
+}
 // Adds 32 biases in shared memory.
 __device__ __forceinline__ void add_bias(const float* bias, float* x) {
   const int q = threadIdx.x & 3;
@@ -237,12 +284,47 @@ __device__ __forceinline__ void rotate(const Product& p, const int (&position)[2
   }
 }
 
-// What follows the sums of a unit whose first row is row0. bias: the unit's 64 biases in shared memory, or
-// nullptr where there are none; staging: this warp's.
-__device__ __forceinline__ void finish(const Product& p, int row0, int unit, float* x, float* y,
-                                       const float* bias, const Ahead& ahead, uint32_t staging) {
+// Stores a unit as E4M3: 16 rows of 64 columns, or of 32 (gated), pass through the staging as rows 80 bytes
+// apart, so that neither side meets a bank more than twice, and go out by 16 bytes.
+__device__ __forceinline__ void store_e4m3(const QuantisedProduct& p, int row0, int unit, const float* x,
+                                           const float* y, uint32_t staging) {
+  constexpr int kApart = 80;
+  static_assert(16 * kApart <= kStaging && kApart % 16 == 0);
+  const bool gated = p.kind == ProductKind::kGated;
+  const int lane = threadIdx.x & 31;
+  const uint32_t at = staging + lane / 4 * kApart + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (gated && i >= 4) break;
+    const float* const v = i < 4 ? x + 4 * i : y + 4 * (i - 4);
+    store_shared2(at + 8 * i, pack_e4m3(v[0] * p.out_inverse, v[1] * p.out_inverse));
+    store_shared2(at + 8 * i + 8 * kApart, pack_e4m3(v[2] * p.out_inverse, v[3] * p.out_inverse));
+  }
+  __syncwarp();
+  const int shift = gated ? 1 : 2;  // a row has 2 or 4 pieces of 16 columns
+  const int piece = lane & ((1 << shift) - 1), col = (gated ? 32 : 64) * unit + 16 * piece;
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    const int r = (32 * t + lane) >> shift;
+    if (r < 16 && row0 + r < p.m && col < p.cols) {
+      *reinterpret_cast<uint4*>(static_cast<e4m3*>(p.out) + (row0 + r) * p.ldo + col) =
+          load_shared16(staging + r * kApart + 16 * piece);
+    }
+  }
+  __syncwarp();
+}
+
+// What follows the sums of a unit whose first row is row0. staging: this warp's.
+template <typename P>
+__device__ __forceinline__ void finish(const P& p, int row0, int unit, float* x, float* y,
+                                       const PerColumn& columns, const Ahead& ahead, uint32_t staging) {
   const int lane = threadIdx.x & 31, row = row0 + lane / 4;
   const Columns c = columns_of(p, unit);
+  const float* const bias = columns.bias;
+  if constexpr (kQuantised<P>) {
+    scale_sums(columns.scale, x);
+    scale_sums(columns.scale + 32, y);
+  }
   if (p.kind == ProductKind::kGated) {
     if (p.activated) activate_16(p, x);
 #pragma unroll
@@ -291,6 +373,12 @@ __device__ __forceinline__ void finish(const Product& p, int row0, int unit, flo
     }
     __syncwarp();
   }
+  if constexpr (kQuantised<P>) {
+    if (p.out_inverse != 0.0f) {
+      store_e4m3(p, row0, unit, x, y, staging);
+      return;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
     if (gated && i >= 4) break;
@@ -337,16 +425,20 @@ struct Tile {
   int split = 1;    // blocks that share one tile's k, summed within a cluster
 };
 
-// ---- operations as products: launches what prepares x (a norm), if anything, and sets at.pdl if so
-cudaError_t make_product(const Linear& op, Launch& at, Product* p);
-cudaError_t make_product(const GatedLinear& op, Launch& at, Product* p);
-cudaError_t make_product(const Qkv& op, Launch& at, Product* p);
+// ---- operations as products: launches what prepares x (a norm, a conversion), if anything, and sets at.pdl
+// if so
+cudaError_t make_product(const Linear& op, Launch& at, QuantisedProduct* p);
+cudaError_t make_product(const GatedLinear& op, Launch& at, QuantisedProduct* p);
+cudaError_t make_product(const Qkv& op, Launch& at, QuantisedProduct* p);
 
-// ---- the kernels, by device
+// ---- the kernels, by device and type of the operands
 cudaError_t product_sm90(const Product& p, const Tile& tile, const Launch& at);
+cudaError_t product_e4m3(const QuantisedProduct& p, const Tile& tile, const Launch& at);  // on Hopper
 cudaError_t product_sm80(const Product& p, const Launch& at);
-// Whether product_sm90 has been compiled for a tile; and the one expected to be fastest.
+// Whether product_sm90 or product_e4m3 has been compiled for a tile; and the one expected to be fastest.
 bool has_tile_sm90(const Tile& tile);
+bool has_tile_e4m3(const Tile& tile);
 Tile choose_tile_sm90(const Product& p, int sms);
+Tile choose_tile_e4m3(const QuantisedProduct& p, int sms);
 
 }  // namespace vla::cuda

@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   for (int h = 0; h < 2; ++h) {
     const int r = tile_m * kTile + row + 64 * h;
     has_a[h] = r < p.m;
-    from_a[h] = p.a + static_cast<int64_t>(min(r, p.m - 1)) * p.lda;
+    from_a[h] = static_cast<const bf16*>(p.a) + static_cast<int64_t>(min(r, p.m - 1)) * p.lda;
     const Columns c = columns_of(p, 2 * tile_n + h);
     const int n = (row < 32 ? c.first : c.second) + row % 32;
     has_w[h] = n < p.n;
-    from_w[h] = p.w + static_cast<int64_t>(min(n, p.n - 1)) * p.ldw;
+    from_w[h] = static_cast<const bf16*>(p.w) + static_cast<int64_t>(min(n, p.n - 1)) * p.ldw;
   }
   const auto load = [&](int stage, int slice) {
     const int k = slice * kSlice + column * 8;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
 #pragma unroll
   for (int mi = 0; mi < 2; ++mi) {
     const int row0 = tile_m * kTile + warp_m * 32 + mi * 16;
-    finish(p, row0, unit, &c[mi][0][0], &c[mi][4][0], p.has_bias ? bias + 64 * warp_n : nullptr,
+    finish(p, row0, unit, &c[mi][0][0], &c[mi][4][0], {p.has_bias ? bias + 64 * warp_n : nullptr},
            look_ahead(p, row0, unit), ring + warp * kStaging);
   }
 }

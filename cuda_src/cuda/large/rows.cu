@@ -2,6 +2,8 @@
 // embedding, and rotating heads in place where a product could not.
 #include "rows.cuh"
 
+#include <type_traits>
+
 namespace vla::cuda {
 namespace {
 
@@ -12,13 +14,14 @@ struct Rows {
   const void* x = nullptr;
   int64_t ldx = 0;
   bool x_f32 = false, wide = false;
-  bf16* out = nullptr;
+  bf16* out = nullptr;  // or E4M3
   int64_t ldo = 0;
   int rows = 0, cols = 0, padded = 0;  // columns [cols, padded) of out become zero
   NormKind kind = NormKind::kNone;
   float eps = 0.0f, plus = 0.0f;
   const float *weight = nullptr, *bias = nullptr;
   int factor = 1, height = 1, width = 1;  // space to depth: row (b, y, x) of a grid goes to the square's row
+  float inverse = 1.0f;                   // of the scale of an E4M3 out
 };
 
 // Eight numbers of a row from column c; what lies beyond the row is zero.
@@ -59,11 +62,28 @@ __device__ __forceinline__ void load_factors(const float* from, int c, int cols,
   }
 }
 
+// Eight numbers of a row to out[c] on as E4M3, or those of them that lie inside the row.
+template <bool WIDE>
+__device__ __forceinline__ void store8(const Rows& r, e4m3* out, int c, const float (&v)[8]) {
+  const float s = r.inverse;
+  if constexpr (WIDE) {
+    *reinterpret_cast<uint2*>(out + c) =
+        make_uint2(pack_e4m3(v[0] * s, v[1] * s) | pack_e4m3(v[2] * s, v[3] * s) << 16,
+                   pack_e4m3(v[4] * s, v[5] * s) | pack_e4m3(v[6] * s, v[7] * s) << 16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (c + i < r.cols) out[c + i] = to_e4m3(v[i] * s);
+    }
+  }
+}
+
 // out row = (x - mean) / sqrt(var + eps) * (weight + plus) + bias (layer), x / sqrt(mean(x^2) + eps) ...
 // (rms), or x; x (rows, cols), out (rows, padded) or, with factor f, (rows / f^2, cols f^2). WARPS warps for
 // each row, whose first kKept vectors of 8 a lane keeps; longer rows are read again.
-template <bool WIDE, int WARPS>
+template <typename T, bool WIDE, int WARPS>
 __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(const Rows r) {
+  constexpr bool kE4M3 = std::is_same_v<T, e4m3>;
   __shared__ float sums[2][kWarps];
   pdl_trigger();
   pdl_wait();
@@ -132,14 +152,16 @@ __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(const Rows r) {
     const int64_t square = (static_cast<int64_t>(b) * (r.height / f) + y / f) * (r.width / f) + x / f;
     to = square * r.ldo + static_cast<int64_t>(y % f * f + x % f) * r.cols;
   }
-  bf16* out = r.out + to;
+  T* out = reinterpret_cast<T*>(r.out) + to;
   over([&](int c, float (&v)[8]) {
     float weight[8], bias[8];
     load_factors<WIDE>(r.weight, c, r.cols, 1.0f - r.plus, weight);
     load_factors<WIDE>(r.bias, c, r.cols, 0.0f, bias);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = (v[i] - mean) * scale * (weight[i] + r.plus) + bias[i];
-    if constexpr (WIDE) {
+    if constexpr (kE4M3) {
+      store8<WIDE>(r, out, c, v);
+    } else if constexpr (WIDE) {
       *reinterpret_cast<uint4*>(out + c) =
           make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
     } else {
@@ -149,7 +171,13 @@ __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(const Rows r) {
       }
     }
   });
-  for (int c = r.cols + lane; c < r.padded; c += 32 * WARPS) out[c] = __float2bfloat16(0.0f);
+  for (int c = r.cols + lane; c < r.padded; c += 32 * WARPS) {
+    if constexpr (kE4M3) {
+      out[c] = {0};
+    } else {
+      out[c] = __float2bfloat16(0.0f);
+    }
+  }
 }
 
 // out[i] (m, d) = scale * table[tokens[i]]; a token out of range takes row 0. A block for each row.
@@ -189,6 +217,7 @@ bool aligned16(const View& v, int step) {
   return reinterpret_cast<uintptr_t>(v.at<std::byte>(step)) % 16 == 0 && v.ld % unit == 0;
 }
 
+template <typename T>
 static cudaError_t normalise(Rows r, const View& x, const Norm& norm, const Launch& at) {
   r.x = x.at<void>(at.step);
   r.ldx = x.ld;
@@ -196,7 +225,7 @@ static cudaError_t normalise(Rows r, const View& x, const Norm& norm, const Laun
   r.rows = x.rows;
   r.cols = x.cols;
   r.wide = !r.x_f32 && x.cols % 8 == 0 && aligned16(x, at.step) && r.ldo % 8 == 0 &&
-           reinterpret_cast<uintptr_t>(r.out) % 16 == 0;
+           reinterpret_cast<uintptr_t>(r.out) % (8 * sizeof(T)) == 0;
   r.kind = norm.kind;
   r.eps = norm.eps;
   r.plus = norm.plus;
@@ -208,9 +237,9 @@ static cudaError_t normalise(Rows r, const View& x, const Norm& norm, const Laun
     }
   }
   const bool narrow = !r.wide || x.cols <= 1024;  // a warp for each row
-  const auto kernel = !r.wide  ? normalise_kernel<false, 1>
-                      : narrow ? normalise_kernel<true, 1>
-                               : normalise_kernel<true, kWarps>;
+  const auto kernel = !r.wide  ? normalise_kernel<T, false, 1>
+                      : narrow ? normalise_kernel<T, true, 1>
+                               : normalise_kernel<T, true, kWarps>;
   const int blocks = narrow ? ceil_div(x.rows, kWarps) : x.rows;
   return launch_kernel(kernel, dim3(blocks), dim3(32 * kWarps), 0, at, 1, r);
 }
@@ -221,7 +250,17 @@ cudaError_t normalise_rows(const View& x, const Norm& norm, bf16* out, int64_t l
   r.out = out;
   r.ldo = ldo;
   r.padded = padded;
-  return normalise(r, x, norm, at);
+  return normalise<bf16>(r, x, norm, at);
+}
+
+cudaError_t normalise_rows_e4m3(const View& x, const Norm& norm, e4m3* out, int64_t ldo, float inverse,
+                                const Launch& at) {
+  Rows r;
+  r.out = reinterpret_cast<bf16*>(out);
+  r.ldo = ldo;
+  r.padded = static_cast<int>(ldo);
+  r.inverse = inverse;
+  return normalise<e4m3>(r, x, norm, at);
 }
 
 cudaError_t rotate_heads(const View& x, int d, const View& rope, const View& positions, const Launch& at) {
@@ -238,7 +277,9 @@ cudaError_t launch(const SpaceToDepth& op, const Launch& at) {
   r.factor = op.factor;
   r.height = op.height;
   r.width = op.width;
-  return normalise(r, op.x, op.norm, at);
+  if (op.out.dtype != DType::kE4M3) return normalise<bf16>(r, op.x, op.norm, at);
+  r.inverse = 1.0f / op.out_scale;
+  return normalise<e4m3>(r, op.x, op.norm, at);
 }
 
 cudaError_t launch(const Embed& op, const Launch& at) {

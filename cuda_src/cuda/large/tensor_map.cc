@@ -1,5 +1,5 @@
-// Tensor maps for the copy engine: bf16, 128-byte swizzle, zeros outside. The driver's function is looked up
-// at run time, so that the library loads where there is no driver.
+// Tensor maps for the copy engine: bf16 or bytes, 128-byte swizzle, zeros outside. The driver's function is
+// looked up at run time, so that the library loads where there is no driver.
 #include "tensor_map.h"
 
 #include <cudaTypedefs.h>
@@ -21,14 +21,14 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return function;
 }
 
-cudaError_t encode(CUtensorMap* map, const __nv_bfloat16* base, int rank, const cuuint64_t* sizes,
-                   const cuuint64_t* strides, const cuuint32_t* box) {
+cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void* base, int rank,
+                   const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box) {
   if (!encoder()) return cudaErrorNotSupported;
   const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result = encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank),
-                                    const_cast<__nv_bfloat16*>(base), sizes, strides, box, steps,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encoder()(map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -39,7 +39,15 @@ cudaError_t tensor_map(CUtensorMap* map, const __nv_bfloat16* base, int rows, in
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
-  return encode(map, base, 2, sizes, strides, box);
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 2, sizes, strides, box);
+}
+
+cudaError_t tensor_map_bytes(CUtensorMap* map, const void* base, int rows, int cols, int64_t ld,
+                             int box_rows) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld)};
+  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(box_rows)};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, base, 2, sizes, strides, box);
 }
 
 cudaError_t tensor_map_heads(CUtensorMap* map, const __nv_bfloat16* base, int rows, int heads, int d,
@@ -48,7 +56,7 @@ cudaError_t tensor_map_heads(CUtensorMap* map, const __nv_bfloat16* base, int ro
                                static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(d) * 2, static_cast<cuuint64_t>(ld) * 2};
   const cuuint32_t box[3] = {64, 1, static_cast<cuuint32_t>(box_rows)};
-  return encode(map, base, 3, sizes, strides, box);
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 3, sizes, strides, box);
 }
 
 }  // namespace vla::cuda
