@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -43,6 +44,32 @@ inline float from_bf16(uint16_t v) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
+}
+
+inline float power_of_two(int n) {
+  const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+// Where E4M3 numbers near v are 2^n apart: n.
+inline int spacing_e4m3(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return std::max(static_cast<int>(bits >> 23 & 255) - 127, -6) - 3;
+}
+// The nearest in E4M3, ties to even; what is larger than 448 becomes 448, NaN stays NaN.
+inline uint8_t to_e4m3(float v) {
+  if (std::isnan(v)) return 0x7f;
+  const float size = std::min(std::fabs(v), 448.0f);
+  const int n = spacing_e4m3(size), units = static_cast<int>(std::nearbyint(size * power_of_two(-n)));
+  return static_cast<uint8_t>((n + 9) * 8 + units) | (std::signbit(v) ? 0x80 : 0);
+}
+inline float from_e4m3(uint8_t code) {
+  const int e = code >> 3 & 15, fraction = code & 7;
+  if ((code & 0x7f) == 0x7f) return NAN;
+  const float size = e ? (8 + fraction) * power_of_two(e - 10) : fraction * power_of_two(-9);
+  return code & 0x80 ? -size : size;
 }
 
 // Device memory that lives to the end of the program or until release_all().
@@ -91,6 +118,7 @@ struct Matrix {
         const int i = static_cast<int>(v);
         if (view.dtype == DType::kI32) std::memcpy(to, &i, 4);
         if (view.dtype == DType::kU8) *to = static_cast<std::byte>(i);
+        if (view.dtype == DType::kE4M3) *to = static_cast<std::byte>(to_e4m3(v));
       }
     }
     CUDA_OK(cudaMemcpy(view.base, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
@@ -102,6 +130,7 @@ struct Matrix {
     for (float& v : m.values) {
       v = uniform(low, high);
       if (type == DType::kBF16) v = from_bf16(to_bf16(v));
+      if (type == DType::kE4M3) v = from_e4m3(to_e4m3(v));
       if (type == DType::kI32 || type == DType::kU8) v = std::floor(v);
     }
     m.upload();
@@ -116,10 +145,11 @@ struct Matrix {
       for (int c = 0; c < view.cols; ++c) {
         const std::byte* from = bytes.data() + r * stride + c * size;
         float& v = values[static_cast<size_t>(r) * view.cols + c];
-        uint16_t b;
-        std::memcpy(&b, from, 2);
+        uint16_t b = 0;
+        std::memcpy(&b, from, std::min<size_t>(size, 2));
         if (view.dtype == DType::kF32) std::memcpy(&v, from, 4);
         if (view.dtype == DType::kBF16) v = from_bf16(b);
+        if (view.dtype == DType::kE4M3) v = from_e4m3(static_cast<uint8_t>(*from));
       }
     }
     touched_outside = false;
