@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fp8_support import CHAINS, calibrated, in_vision
 from golden import relative
 from golden_runs import RUNS, Array, GoldenModel, Run, golden_model
+from op_cases import CASES, make
 
 from vla_infer import _engine
 from vla_infer.engine import Engine, Program
 from vla_infer.errors import EngineError
+from vla_infer.fp8 import in_fp8, products
 from vla_infer.models import FAMILIES
 
 torch = pytest.importorskip("torch", reason="needs torch for the reference executor")
@@ -95,3 +98,74 @@ def test_float32_is_refused() -> None:
     m = golden_model("smolvla")
     with pytest.raises(EngineError, match=r"precision 'fp32': expected 'bf16'"):
         Engine([m.tape(prompt=8)], m.ckpt.read, device="cuda", precision="fp32")
+
+
+# ---------------------------------------------------------------------------------------------------------- fp8
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.get_device_capability() != (9, 0), reason="fp8 needs a GPU of compute capability 9.0"
+)
+
+
+def in_fp8_anywhere(case) -> bool:
+    tape = make(case, seed=0).tape
+    in_vision(tape)
+    return any(in_fp8(op) for op in tape.ops)
+
+
+@needs_fp8
+@pytest.mark.parametrize(
+    "case", [*(case for case in CASES if in_fp8_anywhere(case)), *CHAINS], ids=lambda case: case.__name__
+)
+def test_fp8_matches_the_same_quantised_operands(case) -> None:
+    """Half as far from the products of the same operands as these are from the exact ones, which leaves room for a
+    value now and then that lay between two numbers of E4M3, and for the result in bfloat16."""
+    c = make(case, seed=len(case.__name__))
+    in_vision(c.tape)
+    read = c.weights.__getitem__
+    scales = calibrated(c.tape, read, c.inputs)
+    made = Engine([c.tape], read, device="cuda", precision="fp8", scales=scales).programs[0]
+    for values in made.inputs.values():
+        if values.dtype == np.float32:
+            values[...] = np.nan
+    made.run()
+    for name, values in c.inputs.items():
+        made.inputs[name][...] = values
+    made.run()
+    got = made.result("result")
+    want = ReferenceExecutor(c.tape, read, "fp64", scales=scales).run(c.inputs)["result"]
+    exact = ReferenceExecutor(c.tape, read, "fp64").run(c.inputs)["result"]
+    error, format_error = relative(got, want), relative(want, exact)
+    print(f"{case.__name__}: {error:.2e}, the format {format_error:.2e}")
+    assert error <= 0.5 * format_error + 3e-3
+
+
+@needs_fp8
+@pytest.mark.parametrize("kept", ["nothing kept", "kept"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_fp8_golden(family: str, kept: str) -> None:
+    """Also with every third product kept in bfloat16; the same bits each time, in less memory than bfloat16."""
+    m = golden_model(family)
+    for run in (RUNS["plain"], RUNS["b"]):
+        tape = m.tape(prompt=m.prompt(run) + 5)
+        inputs = m.inputs(tape, run, m.noise(run))
+        bf16 = products(tape)[::3] if kept == "kept" else ()
+        scales = calibrated(tape, m.ckpt.read, inputs, bf16=bf16)
+        engine = Engine([tape], m.ckpt.read, device="cuda", precision="fp8", scales=scales)
+        made = engine.programs[0]
+        fill(made, m, run)
+        made.run()
+        got = made.result("actions")
+        want = reference(m, run, "fp32")
+        same = ReferenceExecutor(tape, m.ckpt.read, "fp64", scales=scales).run(inputs)["actions"]
+        cosine = float(np.sum(got * want) / np.linalg.norm(got) / np.linalg.norm(want))
+        print(
+            f"{family} {run.name}: cosine {cosine:.5f}, {relative(got, want):.2e} from float32, the format "
+            f"{relative(same, want):.2e}"
+        )
+        assert cosine >= 0.995
+        assert relative(got, want) <= 1.5 * relative(same, want) + 1e-2
+        for _ in range(20):
+            made.run()
+            np.testing.assert_array_equal(made.result("actions"), got)
+        whole = Engine([tape], m.ckpt.read, device="cuda", precision="bf16")
+        assert engine.weight_bytes < whole.weight_bytes

@@ -105,7 +105,15 @@ def test_result_is_the_callers_own() -> None:
     [
         ({"device": "tpu"}, "expected 'cpu' or 'cuda', got 'tpu'"),
         ({"device": "cpu:mmx"}, "'cpu:mmx': this processor runs .*generic"),
-        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, int8, got 'fp8'"),
+        ({"precision": "fp4"}, "precision: expected one of fp32, bf16, int8, fp8, got 'fp4'"),
+        (
+            {"precision": "fp8"},
+            "precision 'fp8': device 'cpu' does not have it: use 'cuda', or precision 'bf16'",
+        ),
+        (
+            {"precision": "fp8", "device": "cuda"},
+            "expected the policy's scales, got none: run vla-infer calibrate",
+        ),
     ],
 )
 def test_refuses(options: dict[str, str], message: str) -> None:
@@ -123,6 +131,10 @@ def test_the_engines_errors_are_the_packages() -> None:
     native = _engine.Engine(device="cpu", bf16=False, threads=1)
     with pytest.raises(EngineError, match="expected at least one matrix"):
         native.pack(0, [], 1)
+    with pytest.raises(
+        EngineError, match=r"device 'cpu .*' has no fp8, device 'cuda' of compute capability 9.0 has"
+    ):
+        native.pack_fp8(0, [np.eye(8, dtype=np.float32)])
     native.reserve(256)
     with pytest.raises(EngineError, match="reserved already"):
         native.reserve(256)

@@ -4,6 +4,7 @@ memory. Pure; both C++ executors use the result.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from vla_infer.errors import EngineError
@@ -86,12 +87,17 @@ def _carried(ops: list[Op], id_: int, inside: list[int]) -> bool:
     )
 
 
-def plan(tape: Tape, act_bytes: int) -> Layout:
-    """Offsets for every buffer: the largest first, each at the lowest place free during its lifetime."""
+def plan(tape: Tape, act_bytes: int, in_bytes: Collection[int] = ()) -> Layout:
+    """Offsets for every buffer: the largest first, each at the lowest place free during its lifetime. in_bytes: ids
+    of "act" buffers of the arena that hold a byte a value."""
+
+    def bytes_of(buffer: Buffer) -> int:
+        return size_bytes(buffer, 1 if buffer.id in in_bytes else act_bytes)
+
     placed: list[tuple[Lifetime, int, int]] = []
-    order = sorted(lifetimes(tape), key=lambda life: (-size_bytes(life.buffer, act_bytes), life.buffer.id))
+    order = sorted(lifetimes(tape), key=lambda life: (-bytes_of(life.buffer), life.buffer.id))
     for life in order:
-        size = align(size_bytes(life.buffer, act_bytes))
+        size = align(bytes_of(life.buffer))
         offset = 0
         taken = sorted(
             (at, at + length)

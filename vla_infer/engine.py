@@ -5,7 +5,7 @@ The tapes of one policy differ only in how many prompt tokens they take; they sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from vla_infer import _engine
 from vla_infer.arena import Layout, plan
 from vla_infer.errors import EngineError
+from vla_infer.fp8 import Scales, in_fp8, key, products, stored_in_fp8
 from vla_infer.tape import Op, Tape, Tensor, Weight
 
 Array = npt.NDArray[np.generic]
@@ -22,7 +23,10 @@ Place = tuple[int, int, int, int, int, int, int]
 _ARENA, _TABLES = -1, -2
 _STACKED, _INTERLEAVED = 0, 1
 _PHASES = {"load": 0, "before": 1, "loop": 2, "after": 3}
-# Bytes of an "act" value. In int8 activations are bfloat16 between operations; the products are 8-bit integers.
+_DTYPES = {"f32": 0, "i32": 2, "u8": 3, "e4m3": 5}
+_BYTES = {0: 4, 1: 2, 2: 4, 3: 1, 5: 1}
+# Bytes of an "act" value. In int8 activations are bfloat16 between operations; the products are 8-bit integers. "fp8"
+# is not here: it needs scales beside the checkpoint.
 PRECISIONS = {"fp32": 4, "bf16": 2, "int8": 2}
 
 
@@ -40,12 +44,29 @@ def in_int8(op: Op) -> bool:
     return op.operands["x"].dtype == "act" and not any(w.keep for w in op.weights)
 
 
-class Program:
-    """One tape made ready. Not thread-safe: programs of an engine share its arena."""
+def kept_in_fp8(tape: Tape, scales: Scales) -> dict[int, float]:
+    """Those buffers of `stored_in_fp8` that the CUDA engine keeps as E4M3, with their scales: all whose writers end in
+    it (attention, and the products that are in fp8 themselves) and whose rows start on multiples of 16 bytes. What a
+    product kept in bfloat16 writes stays bfloat16; its reader converts it on the way into its scratch."""
+    kept = dict(stored_in_fp8(tape, scales))
+    for op in tape.ops:
+        product = op.kind in ("linear", "gated_linear", "qkv")
+        for t in (*op.reads, *op.writes):
+            if t.buffer.cols % 16 or t.col % 16:
+                kept.pop(t.buffer.id, None)
+        for t in op.writes:
+            if product and not in_fp8(op, scales.bf16):
+                kept.pop(t.buffer.id, None)
+    return kept
 
-    def __init__(self, engine: Engine, tape: Tape, layout: Layout) -> None:
+
+class Program:
+    """One tape made ready. Not thread-safe: programs of an engine share its arena. e4m3: see `kept_in_fp8`."""
+
+    def __init__(self, engine: Engine, tape: Tape, layout: Layout, e4m3: Mapping[int, float]) -> None:
         self._engine = engine
         self._layout = layout
+        self._e4m3 = e4m3
         self._native = _engine.Program(engine._native, layout.table_bytes)
         looped = [i for i, op in enumerate(tape.ops) if op.loop]
         for i, op in enumerate(tape.ops):
@@ -56,6 +77,11 @@ class Program:
             attrs = dict(op.attrs)
             if op.kind == "attention" and engine.int8 and in_int8(op):
                 attrs["int8"] = 1
+            if engine._in_fp8(op):
+                attrs["x_scale"] = engine._scale(op)
+            for t in op.writes:
+                if t.buffer.id in e4m3:
+                    attrs["out_scale"] = e4m3[t.buffer.id]
             self._native.add(_PHASES[phase], op.kind, operands, weights, attrs)
         inputs = [(name, self._place(t)) for name, t in tape.inputs.items()]
         outputs = [(name, self._place(t)) for name, t in tape.outputs.items()]
@@ -67,8 +93,9 @@ class Program:
         self._index = {name: i for i, (name, _) in enumerate(inputs)}
 
     def _place(self, t: Tensor) -> Place:
-        code = {"f32": 0, "act": self._engine._act_code, "i32": 2, "u8": 3}[t.dtype]
-        size = {0: 4, 1: 2, 2: 4, 3: 1}[code]
+        dtype = "e4m3" if t.buffer.id in self._e4m3 else t.dtype
+        code = self._engine._act_code if dtype == "act" else _DTYPES[dtype]
+        size = _BYTES[code]
         offset = (t.row * t.buffer.cols + t.col) * size
         if t.buffer.id in self._layout.tables:
             store, offset = _TABLES, offset + self._layout.tables[t.buffer.id]
@@ -107,12 +134,27 @@ class Program:
         return np.array(values, np.float32)
 
 
+def _check_fp8(device: str, tapes: Sequence[Tape], scales: Scales | None) -> None:
+    if device != "cuda":
+        raise EngineError(
+            f"engine: precision 'fp8': device {device!r} does not have it: use 'cuda', or precision 'bf16'"
+        )
+    if scales is None:
+        raise EngineError(
+            "engine: precision 'fp8': expected the policy's scales, got none: run vla-infer calibrate POLICY"
+        )
+    for name in (name for tape in tapes for name in products(tape)):
+        if name not in scales.activations:
+            raise EngineError(f"engine: precision 'fp8': no scale of {name}: run vla-infer calibrate POLICY")
+
+
 class Engine:
     """Builds programs for tapes that share weights.
 
     `read` gives a tensor of the checkpoint by name, float32 or bfloat16 bits as uint16; it is asked once for each
-    use and the array is let go after packing. precision: "fp32", "bf16" or, on the CPU, "int8" (see `in_int8`).
-    threads: None takes every processor.
+    use and the array is let go after packing. precision: "fp32", "bf16", on the CPU "int8" (see `in_int8`), or on
+    a GPU of compute capability 9.0 "fp8" (see `vla_infer.fp8`), which needs the policy's scales. threads: None takes
+    every processor.
     Raises EngineError where the device is not to be had or cannot run an operation.
     """
 
@@ -124,11 +166,15 @@ class Engine:
         device: str = "cpu",
         precision: str = "fp32",
         threads: int | None = None,
+        scales: Scales | None = None,
     ) -> None:
-        if precision not in PRECISIONS:
+        if precision not in (*PRECISIONS, "fp8"):
             raise EngineError(
-                f"engine: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
+                f"engine: precision: expected one of {', '.join(PRECISIONS)}, fp8, got {precision!r}"
             )
+        if precision == "fp8":
+            _check_fp8(device, tapes, scales)
+        self._scales = scales if precision == "fp8" else None
         if precision == "int8" and device != "cpu" and not device.startswith("cpu:"):
             raise EngineError(
                 f"engine: precision 'int8': device {device!r} does not have it: use 'cpu', or precision 'bf16'"
@@ -139,9 +185,11 @@ class Engine:
         self._weights: dict[object, int] = {}
         self._tensors: dict[object, int] = {}
         self._native = _engine.Engine(device=device, bf16=precision != "fp32", threads=threads or 0)
-        layouts = [plan(tape, PRECISIONS[precision]) for tape in tapes]
+        e4m3 = [kept_in_fp8(tape, self._scales) if self._scales else {} for tape in tapes]
+        act_bytes = PRECISIONS.get(precision, 2)
+        layouts = [plan(tape, act_bytes, kept) for tape, kept in zip(tapes, e4m3, strict=True)]
         self._native.reserve(max(layout.arena_bytes for layout in layouts))
-        self.programs = [Program(self, t, layout) for t, layout in zip(tapes, layouts, strict=True)]
+        self.programs = [Program(self, *each) for each in zip(tapes, layouts, e4m3, strict=True)]
 
     @property
     def device_name(self) -> str:
@@ -161,33 +209,45 @@ class Engine:
         values = values.reshape(values.shape[0], -1)
         return values if w.cols is None else values[:, w.cols[0] : w.cols[1]]
 
+    def _in_fp8(self, op: Op) -> bool:
+        return self._scales is not None and in_fp8(op, self._scales.bf16)
+
+    def _scale(self, op: Op) -> float:
+        """s_x of a product in fp8."""
+        assert self._scales is not None
+        return self._scales.activations[key(op)]
+
     def _packed(self, op: Op) -> int:
         packing = _INTERLEAVED if op.kind == "gated_linear" else _STACKED
-        int8 = self.int8 and in_int8(op)
-        key = (packing, op.weights, int8)
-        if key not in self._weights:
+        int8, fp8 = self.int8 and in_int8(op), self._in_fp8(op)
+        name = (packing, op.weights, int8, fp8)
+        if name not in self._weights:
             rows = op.operands["h" if op.kind == "euler" else "x"].rows
             parts = [self._matrix(w) for w in op.weights]
             for w, part in zip(op.weights, parts, strict=True):
                 if part.shape != (w.n, w.k):
                     raise EngineError(f"engine: {w.name}: expected ({w.n}, {w.k}), got {part.shape}")
             native = self._native
-            self._weights[key] = (
-                native.pack_int8(packing, parts) if int8 else native.pack(packing, parts, rows)
+            self._weights[name] = (
+                native.pack_int8(packing, parts)
+                if int8
+                else native.pack_fp8(packing, parts)
+                if fp8
+                else native.pack(packing, parts, rows)
             )
-        return self._weights[key]
+        return self._weights[name]
 
     def _stored(self, t: Tensor) -> int:
         buffer = t.buffer
-        key: object = buffer.name if buffer.kind == "param" else (buffer.name, buffer.values.tobytes())  # type: ignore[union-attr]
-        if key not in self._tensors:
+        name: object = buffer.name if buffer.kind == "param" else (buffer.name, buffer.values.tobytes())  # type: ignore[union-attr]
+        if name not in self._tensors:
             values = self._read(buffer.name) if buffer.kind == "param" else np.asarray(buffer.values)
             values = values.reshape(buffer.rows, buffer.cols)
             if buffer.dtype == "i32":
-                self._tensors[key] = self._native.store_ints(values.astype(np.int32))
+                self._tensors[name] = self._native.store_ints(values.astype(np.int32))
             else:
                 if values.dtype != np.uint16:
                     values = values.astype(np.float32)
                 dtype = self._act_code if buffer.dtype == "act" else 0
-                self._tensors[key] = self._native.store(np.ascontiguousarray(values), dtype)
-        return self._tensors[key]
+                self._tensors[name] = self._native.store(np.ascontiguousarray(values), dtype)
+        return self._tensors[name]

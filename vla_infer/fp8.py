@@ -39,10 +39,10 @@ HEADROOM = (
     2.0  # a binade for what calibration did not see: floating point loses nothing by it, clipping costs much
 )
 MAX_ERROR = 0.0998  # a relative error of e leaves a cosine of at least sqrt(1 - e^2): 0.995
-DEVICES = ("reference",)  # that compute fp8
+DEVICES = ("reference", "cuda")  # that compute fp8
 STAGES = ("vision", "prefix")
 # What can write 8-bit values: their kernels end in a conversion of float32 anyway.
-_WRITERS = ("linear", "gated_linear", "attention")
+_WRITERS = ("linear", "gated_linear", "attention", "space_to_depth", "image_patches")
 _READ = 1 << 22  # bytes that the hash of the weights takes at a time
 
 Floats = npt.NDArray[np.floating]
@@ -105,7 +105,7 @@ def stored_in_fp8(tape: Tape, scales: Scales) -> dict[int, float]:
     """The buffers, by id, whose values need not be kept but as E4M3 in units of the scale given here.
 
     Those are: every reader is a product in fp8 that takes them as its left operand without a norm, all with one
-    scale, and every writer is a linear, gated_linear or attention outside the loop.
+    scale, and every writer is one of `_WRITERS`, outside the loop.
     """
     found: dict[int, set[float]] = {}
     other = {t.buffer.id for t in tape.outputs.values()}

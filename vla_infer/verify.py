@@ -148,7 +148,7 @@ def engine_run(ckpt: Checkpoint, *, device: str, precision: str, scales: Scales 
                 [tape], weight_reader(ckpt), device=device, precision=precision, scales=scales
             )
         else:
-            engine = Engine([tape], weight_reader(ckpt), device=device, precision=precision)
+            engine = Engine([tape], weight_reader(ckpt), device=device, precision=precision, scales=scales)
         program = engine.programs[0]
         for name, values in inputs.items():
             program.inputs[name][...] = values
