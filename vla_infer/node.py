@@ -26,7 +26,7 @@ from .doctor import FAIL
 from .errors import ObservationError
 from .failsafe import Level
 from .frame import FrameBuffer
-from .heap import keep_heap
+from .heap import keep_heap, set_aside
 from .node_assembly import JOIN, Running, Surroundings, assemble
 from .node_diagnostics import array, describe_running, describe_state
 from .node_inputs import InstructionSlot
@@ -201,6 +201,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._running.slot.running = True
         super().on_activate(state)
         self._label = "active"
+        set_aside()
         self._running.control.start()
         self._running.worker.enable()
         return TransitionCallbackReturn.SUCCESS
