@@ -256,7 +256,7 @@ def test_a_preview_is_what_follows_and_ends_in_time() -> None:
     assert out.values is not None
     values, times = motion.preview(1.0 + P * 19, out.values)
     assert times[-1] <= TRAJECTORY_END + 1e-9
-    assert len(times) == 10
+    assert len(times) == 9
     np.testing.assert_allclose(np.diff(times), P)
     np.testing.assert_array_equal(values[0], out.values)
     for i, row in enumerate(values[1:], start=20):

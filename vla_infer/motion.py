@@ -23,8 +23,9 @@ from .scheduler import Command, Scheduler, Verdict
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Every published trajectory ends within this many seconds: a node that is killed moves the robot no longer.
-TRAJECTORY_END = 0.2
+#: Every published trajectory ends within this many seconds. A node that is killed must not move the robot for more than
+#: 200 ms; 10 ms of them are for the message's way.
+TRAJECTORY_END = 0.19
 
 
 @dataclass(frozen=True, eq=False)

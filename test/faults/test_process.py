@@ -68,7 +68,7 @@ def peak(pid: int) -> int:
 def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
     tmp_path: Path, programs: list[Program], trials: int
 ) -> None:
-    """What the controller was last given ends within 200 ms; after the restart nothing moves without images."""
+    """What the controller was last given ends within 200 ms of the kill, as it was heard; after the restart nothing moves without images."""
     command = {"topic": "arm", "type": "JointTrajectory", "joints": SIX, "units": "deg", "points": "chunk"}
     contract = patient_contract(tmp_path, command=command)
     robot = Robot({"/arm_dry": TRAJECTORY})
@@ -102,7 +102,7 @@ def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
         print(
             f"{trials} kills: motion ended {latest:.3f} s after at the latest, load {os.getloadavg()[0]:.1f}"
         )
-        assert latest <= TRAJECTORY_END + (0.02 if trials >= QUIET else 5.0)
+        assert latest <= (0.2 if trials >= QUIET else 5.0)
     finally:
         robot.close()
 
