@@ -68,7 +68,8 @@ def peak(pid: int) -> int:
 def test_kill_9_ends_the_motion_and_a_restart_replays_nothing(
     tmp_path: Path, programs: list[Program], trials: int
 ) -> None:
-    """What the controller was last given ends within 200 ms of the kill, as it was heard; after the restart nothing moves without images."""
+    """What the controller was last given ends within 200 ms of the kill, as heard; after the restart nothing moves
+    without images."""
     command = {"topic": "arm", "type": "JointTrajectory", "joints": SIX, "units": "deg", "points": "chunk"}
     contract = patient_contract(tmp_path, command=command)
     robot = Robot({"/arm_dry": TRAJECTORY})
