@@ -150,8 +150,8 @@ cudaError_t run(const Table& t, cudaStream_t stream, int* clusters) {
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = C, attributes[0].val.clusterDim.y = 1, attributes[0].val.clusterDim.z = 1;
-  // All blocks start together or none does: they wait for each other, and beside another such kernel (a second
-  // policy in this process) each might hold half of the multiprocessors for ever.
+  // All blocks start together or none does: they wait for each other, and beside another such kernel (a
+  // second policy in this process) each might hold half of the multiprocessors for ever.
   attributes[1].id = cudaLaunchAttributeCooperative;
   attributes[1].val.cooperative = 1;
   cudaLaunchConfig_t config = {};
