@@ -91,6 +91,8 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._running: Running | None = None
         self._problem = ""
         self._label = "unconfigured"
+        #: Called when control is about to start; for what only the owner of a process may do.
+        self.before_motion: Callable[[], None] = lambda: None
         self.thread_left = False  # an inference or a load outlasted its stop
         self.exit_status = 0
         self._emergency = EmergencyStop(self, self._reporter)
@@ -201,7 +203,7 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
         self._running.slot.running = True
         super().on_activate(state)
         self._label = "active"
-        set_aside()
+        self.before_motion()
         self._running.control.start()
         self._running.worker.enable()
         return TransitionCallbackReturn.SUCCESS
@@ -289,7 +291,9 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
 
 
 def run(node: VlaNode, executor: Any) -> None:
-    """Spin until `node.stop_requested`, with spin_once: spin() was seen not to return on shutdown."""
+    """Spin until `node.stop_requested`, with spin_once: spin() was seen not to return on shutdown. For a process that
+    is the node's own."""
+    node.before_motion = set_aside
     executor.add_node(node)
     if node.autostart and not node.stop_requested.is_set():
         node.start()

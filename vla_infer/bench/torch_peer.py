@@ -62,34 +62,38 @@ def _compiled(job: Job, renderer: TorchRenderer, precision: str, device: str) ->
     options: dict[str, Any] = {"freezing": device == "cpu"}
     once, step = (torch.compile(graph, options=options) for graph in (renderer.once, renderer.step))
     call = calling(job, lambda inputs: renderer.run(inputs, once, step), device)
+    expired: list[int] = []
     try:
         # A folder of its own: what a limit leaves half written there is met by nobody else. One C++ compiler at a
         # time, in this process: with a pool of them, libraries were seen to be loaded before they were whole.
         alone = inductor_config.patch(compile_threads=1)
-        with alone, fresh_inductor_cache(dir=str(job.scratch)), time_limit(job.compile_limit):
+        with alone, fresh_inductor_cache(dir=str(job.scratch)), time_limit(job.compile_limit) as expired:
             call(0)
-    except TimeLimit:
+    except (TimeLimit, Exception) as error:
         torch._dynamo.reset()
+        if not expired:
+            return Refused(name, one_line(error))
+    if expired:  # whatever the compiler made of it: another error, or nothing where it came in a destructor
         return Refused(
             name, f"torch.compile had not ended after {job.compile_limit:g} s (see --compile-limit)"
         )
-    except Exception as error:
-        torch._dynamo.reset()
-        return Refused(name, one_line(error))
     return Peer(name, precision, call)
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeLimit where the block takes longer. For the main thread, which signals interrupt."""
+def time_limit(seconds: float) -> Iterator[list[int]]:
+    """Raises TimeLimit where the block takes longer; what it yields is empty until then. For the main thread, which
+    signals interrupt."""
+    expired: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        expired.append(number)
         raise TimeLimit
 
     old = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        yield expired
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
