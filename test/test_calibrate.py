@@ -181,7 +181,7 @@ def test_padding_does_not_widen_a_scale(monkeypatch: pytest.MonkeyPatch) -> None
     """The same magnitudes in the bucket that fits and in the longest, whose rest is other tokens."""
     one = some(1, instruction="go")
     short = Runner(CKPT, one, device="reference").magnitudes([0])
-    monkeypatch.setattr(calibration, "BUCKETS", ())
+    monkeypatch.setattr("vla_infer.policy.BUCKETS", ())
     padded = Runner(CKPT, one, device="reference")
     np.testing.assert_allclose(list(padded.magnitudes([0]).values()), list(short.values()), rtol=1e-2)
     monkeypatch.setattr(calibration, "_seen_rows", lambda blocks, observe, op, x: observe(op, x))

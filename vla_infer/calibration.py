@@ -32,7 +32,7 @@ from vla_infer.inputs import TapeObservation, empty_inputs, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.models.layers import UNSEEN
 from vla_infer.observations import Observation
-from vla_infer.policy import BUCKETS, check_weights, weight_reader
+from vla_infer.policy import check_weights, prompt_buckets, weight_reader
 from vla_infer.processors import build_processors
 from vla_infer.tape import Op, Tape
 
@@ -107,8 +107,7 @@ class Runner:
         return recorded
 
     def _executor(self, tokens: int) -> ReferenceExecutor:
-        longest = self._processors.max_tokens
-        bucket = next(b for b in (*(b for b in BUCKETS if b < longest), longest) if tokens <= b)
+        bucket = next(b for b in prompt_buckets(self._processors.max_tokens) if tokens <= b)
         if bucket not in self._executors:
             like = next(iter(self._executors.values()), None)
             self._executors[bucket] = self._reference.ReferenceExecutor(

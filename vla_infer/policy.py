@@ -19,7 +19,7 @@ from vla_infer.fp8 import policy_scales
 from vla_infer.inputs import TapeObservation, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.processors import build_processors
-from vla_infer.reference_engine import ReferenceEngine, ReferenceProgram
+from vla_infer.reference_engine import ReferenceEngine, ReferenceProgram, make_engine
 from vla_infer.rtc import Rtc, tape_inputs
 from vla_infer.safetensors_io import to_float32
 from vla_infer.tape import Tape
@@ -63,6 +63,11 @@ class Timing:
     postprocess: float
 
 
+def prompt_buckets(longest: int) -> tuple[int, ...]:
+    """Places for prompt tokens, one tape each, where the tokenizer gives up to `longest`."""
+    return (*(b for b in BUCKETS if b < longest), longest)
+
+
 class Policy:
     """Runs one checkpoint. Make one with `load_policy`.
 
@@ -85,21 +90,16 @@ class Policy:
         self._sizes = model.sizes(ckpt, steps=num_steps)
         self._processors = build_processors(ckpt)
         self._max_image = max_image
-        longest = self._processors.max_tokens
-        buckets = (*(b for b in BUCKETS if b < longest), longest)
+        buckets = prompt_buckets(self._processors.max_tokens)
         frame_bytes = max_image[0] * max_image[1] * 3
         tapes = [model.record(self._sizes, prompt=b, frame_bytes=frame_bytes) for b in buckets]
         check_weights(ckpt, tapes[0])
 
         read = weight_reader(ckpt)
         scales = policy_scales(ckpt, tapes, device=device) if precision == "fp8" else None
-        self._engine: Engine | ReferenceEngine | None
-        if device.partition(":")[0] == "reference":
-            self._engine = ReferenceEngine(tapes, read, device=device, precision=precision, scales=scales)
-        else:
-            self._engine = Engine(
-                tapes, read, device=device, precision=precision, threads=threads, scales=scales
-            )
+        self._engine: Engine | ReferenceEngine | None = make_engine(
+            tapes, read, device=device, precision=precision, threads=threads, scales=scales
+        )
         self._programs: list[tuple[int, AnyProgram]] = list(zip(buckets, self._engine.programs, strict=True))
         self._lock = threading.Lock()
         self._generator = np.random.default_rng(0)

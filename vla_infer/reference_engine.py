@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from vla_infer.engine import Engine
 from vla_infer.errors import EngineError
 from vla_infer.fp8 import Scales
 from vla_infer.inputs import empty_inputs
@@ -67,3 +68,18 @@ class ReferenceEngine:
             executor = ReferenceExecutor(tape, read, precision, device=place, scales=scales, like=first)
             first = first or executor
             self.programs.append(ReferenceProgram(executor, tape))
+
+
+def make_engine(
+    tapes: Sequence[Tape],
+    read: Callable[[str], Array],
+    *,
+    device: str,
+    precision: str,
+    threads: int | None = None,
+    scales: Scales | None = None,
+) -> Engine | ReferenceEngine:
+    """The engine of a device, see `Engine` and `ReferenceEngine`; threads: of the CPU's."""
+    if device.partition(":")[0] == "reference":
+        return ReferenceEngine(tapes, read, device=device, precision=precision, scales=scales)
+    return Engine(tapes, read, device=device, precision=precision, threads=threads, scales=scales)

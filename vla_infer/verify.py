@@ -18,14 +18,14 @@ import numpy.typing as npt
 
 from vla_infer.calibrate import layer_report, table
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
-from vla_infer.engine import PRECISIONS, Engine
+from vla_infer.engine import PRECISIONS
 from vla_infer.errors import CheckpointError, EngineError
 from vla_infer.fp8 import MAX_ERROR, Errors, Scales, policy_scales
 from vla_infer.inputs import TapeObservation, empty_inputs, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.policy import weight_reader
 from vla_infer.processors import build_processors
-from vla_infer.reference_engine import ReferenceEngine
+from vla_infer.reference_engine import make_engine
 from vla_infer.rtc import Rtc, tape_inputs
 from vla_infer.safetensors_io import open_safetensors, read_tensor
 from vla_infer.tape import Tape
@@ -142,13 +142,7 @@ def engine_run(ckpt: Checkpoint, *, device: str, precision: str, scales: Scales 
     """Runs a tape on a device; scales: of precision "fp8"."""
 
     def run(tape: Tape, inputs: dict[str, Array]) -> dict[str, Array]:
-        engine: Engine | ReferenceEngine
-        if device.partition(":")[0] == "reference":
-            engine = ReferenceEngine(
-                [tape], weight_reader(ckpt), device=device, precision=precision, scales=scales
-            )
-        else:
-            engine = Engine([tape], weight_reader(ckpt), device=device, precision=precision, scales=scales)
+        engine = make_engine([tape], weight_reader(ckpt), device=device, precision=precision, scales=scales)
         program = engine.programs[0]
         for name, values in inputs.items():
             program.inputs[name][...] = values
@@ -171,11 +165,13 @@ def torch_run(ckpt: Checkpoint, *, precision: str) -> Run | None:
     return run
 
 
-def verify(ckpt: Checkpoint, golden: Path, *, device: str, precision: str) -> list[Line]:
+def verify(
+    ckpt: Checkpoint, golden: Path, *, device: str, precision: str, scales: Scales | None = None
+) -> list[Line]:
     """Errors by stage. Limits: 1e-4 in float32; in bfloat16 1.5 times the error of PyTorch in bfloat16 on the same
-    tape where PyTorch is installed, and never above 0.02; in int8 and fp8 what leaves a cosine of 0.995."""
+    tape where PyTorch is installed, and never above 0.02; in int8 and fp8 what leaves a cosine of 0.995.
+    scales: of precision "fp8"."""
     verification = Verification(ckpt, golden)
-    scales = policy_scales(ckpt, [verification.tape()], device=device) if precision == "fp8" else None
     errors = list(verification.stages(engine_run(ckpt, device=device, precision=precision, scales=scales)))
     most = {"fp32": LIMIT_FP32, "bf16": LIMIT_BF16, "int8": MAX_ERROR, "fp8": MAX_ERROR}[precision]
     limits = dict.fromkeys((stage for stage, _ in errors), most)
@@ -185,12 +181,11 @@ def verify(ckpt: Checkpoint, golden: Path, *, device: str, precision: str) -> li
     return [Line(stage, error, limits[stage]) for stage, error in errors]
 
 
-def against_bfloat16(ckpt: Checkpoint, golden: Path, *, device: str) -> tuple[int, Errors]:
+def against_bfloat16(ckpt: Checkpoint, golden: Path, *, device: str, scales: Scales) -> tuple[int, Errors]:
     """How far fp8 is from bfloat16 on the same device: over how many of the golden runs, and the errors."""
     from vla_infer.calibration import Actions, errors_of
 
     verification = Verification(ckpt, golden)
-    scales = policy_scales(ckpt, [verification.tape()], device=device)
     columns, raw = slice(ckpt.action_dim), verification.golden["raw_state"]
     found: dict[str, list[Actions]] = {"bf16": [], "fp8": []}
     for precision, actions in found.items():
@@ -212,7 +207,7 @@ def against_bfloat16(ckpt: Checkpoint, golden: Path, *, device: str) -> tuple[in
     return len(found["fp8"]), errors_of(list(zip(found["bf16"], found["fp8"], strict=True)))
 
 
-def by_product(ckpt: Checkpoint, golden: Path, *, device: str) -> dict[str, Errors]:
+def by_product(ckpt: Checkpoint, golden: Path, *, device: str, scales: Scales) -> dict[str, Errors]:
     """What each product in fp8 adds alone on the golden observation, the worst first; device: "reference…"."""
     from vla_infer.calibration import Runner
     from vla_infer.observations import Observation
@@ -220,7 +215,6 @@ def by_product(ckpt: Checkpoint, golden: Path, *, device: str) -> dict[str, Erro
     verification = Verification(ckpt, golden)
     frames = dict(zip(ckpt.cameras, verification.golden["frames"], strict=True))
     observation = Observation(frames, verification.golden["raw_state"], verification.meta["task"])
-    scales = policy_scales(ckpt, [verification.tape()], device=device)
     return Runner(ckpt, [observation], device=device).layers(scales)
 
 
@@ -238,15 +232,18 @@ def main(args: argparse.Namespace) -> int:
         raise EngineError(f"--layers: expected --precision fp8, got {args.precision}")
     ckpt = read_checkpoint(args.policy)
     golden = args.golden or args.policy / "golden.safetensors"
-    lines = verify(ckpt, golden, device=args.device, precision=args.precision)
+    scales = None
+    if args.precision == "fp8":  # read once: every byte of the weights is hashed for it
+        scales = policy_scales(ckpt, [Verification(ckpt, golden).tape()], device=args.device)
+    lines = verify(ckpt, golden, device=args.device, precision=args.precision, scales=scales)
     print(f"{ckpt.family} on {args.device}, {args.precision}: relative L2 error by stage")
     for line in lines:
         print(
             f"{'PASS' if line.passed else 'FAIL'}  {line.stage:<16} {line.error:9.2e}  (limit {line.limit:.1e})"
         )
-    if args.precision == "fp8":
-        count, errors = against_bfloat16(ckpt, golden, device=args.device)
+    if scales is not None:
+        count, errors = against_bfloat16(ckpt, golden, device=args.device, scales=scales)
         print(f"fp8 against bfloat16\n{table([('golden', count, errors)])}")
-    if args.layers:
-        print(layer_report(by_product(ckpt, golden, device=args.device)))
+        if args.layers:
+            print(layer_report(by_product(ckpt, golden, device=args.device, scales=scales)))
     return 0 if all(line.passed for line in lines) else 1
