@@ -63,7 +63,9 @@ void check_norm(int m, int k, NormKind kind, DType type, int pad) {
   release_all();
 }
 
-// The packed bytes and scales, as the host packs them.
+// The packed bytes and scales, as the host packs them: every one, but for what lies beyond k in a row whose
+// scale is NaN. The device has 0 / NaN there; nothing reads it, as a product's copies end at k, and all of
+// that row is NaN anyway.
 void check_pack(Packing packing, int n, int k, DType type) {
   if (!mine()) return;
   const bool gated = packing == Packing::kInterleaved;
@@ -95,7 +97,7 @@ void check_pack(Packing packing, int n, int k, DType type) {
       std::memcpy(&scale, bytes.data() + scales_at + 4 * packed, 4);
       const float want_scale = row < real ? p.scales[part][row] : 1.0f;
       wrong += !(std::isnan(want_scale) ? std::isnan(scale) : scale == want_scale);
-      for (int col = 0; col < ld; ++col) {
+      for (int col = 0; col < (std::isnan(want_scale) ? k : ld); ++col) {
         const float got = from_e4m3(bytes[static_cast<size_t>(packed) * ld + col]);
         const float want = row < real && col < k ? p.codes[part][static_cast<size_t>(row) * k + col] : 0.0f;
         wrong += !(std::isnan(want) ? std::isnan(got) : got == want);
@@ -227,7 +229,7 @@ void check_conversions() {
   for (DType type : {DType::kF32, DType::kBF16}) {
     check_conversion(type);
     check_pack(Packing::kStacked, 70, 591, type);
-    check_pack(Packing::kInterleaved, 101, 64, type);
+    check_pack(Packing::kInterleaved, 101, 70, type);
     check_norm(100, 591, NormKind::kLayer, type, 3);
     check_norm(177, 960, NormKind::kRms, type, 8);
     check_norm(60, 2048, NormKind::kRms, type, 8);
