@@ -20,7 +20,7 @@ NODE_PARAMETERS = (
     ("policy", None, str, "directory of the policy as LeRobot saves it"),
     ("contract", None, str, "contract of the robot: a YAML file or a shipped name, such as so101"),
     ("device", "cpu", str, "where the policy runs: cpu, cuda or cuda:N"),
-    ("precision", "fp32", str, "precision of the weights and products: fp32, bf16 or, on a CPU, int8"),
+    ("precision", "fp32", str, "precision of the weights and products: fp32, bf16, int8 (CPU) or fp8 (CUDA)"),
     ("control_rate", "0.0", float, "rate of the commands in Hz; 0: the contract's"),
     ("use_sim_time", "false", bool, "take the time from /clock"),
     ("autostart", "true", bool, "configure and activate at start"),

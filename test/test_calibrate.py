@@ -19,7 +19,7 @@ from vla_infer.calibration import Actions, Runner, errors_of, split  # noqa: E40
 from vla_infer.checkpoint import read_checkpoint  # noqa: E402
 from vla_infer.cli import main  # noqa: E402
 from vla_infer.errors import CheckpointError, EngineError, ReplayError  # noqa: E402
-from vla_infer.fp8 import FILE, Scales, products, read_scales  # noqa: E402
+from vla_infer.fp8 import FILE, Scales, policy_scales, products, read_scales  # noqa: E402
 from vla_infer.observations import (  # noqa: E402
     Observation,
     Spread,
@@ -250,8 +250,7 @@ def test_policy_without_scales_or_with_stale_ones_is_refused(policy: Path) -> No
             load_policy(policy, device=device, precision="fp8")
         assert "\n" not in str(info.value)
 
-    refused("device 'cpu' does not have it: use 'reference', or precision 'bf16'", "cpu")
-    refused("device 'cuda' does not have it: use 'reference', or precision 'bf16'", "cuda")
+    refused("device 'cpu' does not have it: use 'cuda' or 'reference', or precision 'bf16'", "cpu")
     file = policy / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # one bit, far from where the fingerprint looks
@@ -259,6 +258,11 @@ def test_policy_without_scales_or_with_stale_ones_is_refused(policy: Path) -> No
     refused(rf"policy/fp8.json: stale, weights changed: expected .*; run: vla-infer calibrate {policy}")
     (policy / FILE).unlink()
     refused(rf"policy/fp8.json: missing; .*run: vla-infer calibrate {policy}")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "reference:cuda"])
+def test_a_gpu_takes_the_same_file(policy: Path, runner: Runner, scales: Scales, device: str) -> None:
+    assert policy_scales(read_checkpoint(policy), [runner.tape], device=device) == scales
 
 
 def test_verify(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,6 +280,8 @@ def test_verify(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < min(alone.values()) <= max(alone.values()) < stages["actions"]
     assert main(["verify", str(policy), "--layers"]) == 1
     assert "--layers: expected --precision fp8, got fp32" in capsys.readouterr().err
+    assert main(["verify", str(policy), "--layers", "--precision", "fp8", "--device", "cuda"]) == 1
+    assert "--layers: expected --device reference or reference:cuda" in capsys.readouterr().err
     assert main(["verify", str(policy), "--precision", "fp8"]) == 1
     assert "device 'cpu' does not have it" in capsys.readouterr().err
 

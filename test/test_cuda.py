@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fp8_support import CHAINS, calibrated, in_vision
-from golden import relative
+from golden import ROOT, relative
 from golden_runs import RUNS, Array, GoldenModel, Run, golden_model
 from op_cases import CASES, make
 
 from vla_infer import _engine
+from vla_infer.calibration import Runner
+from vla_infer.checkpoint import read_checkpoint
+from vla_infer.cli import main
 from vla_infer.engine import Engine, Program
 from vla_infer.errors import EngineError
-from vla_infer.fp8 import in_fp8, products
+from vla_infer.fp8 import FILE, in_fp8, products
 from vla_infer.models import FAMILIES
+from vla_infer.observations import random_observations
+from vla_infer.policy import load_policy
+from vla_infer.processors import build_processors
 
 torch = pytest.importorskip("torch", reason="needs torch for the reference executor")
 from vla_infer.reference import ReferenceExecutor  # noqa: E402
@@ -169,3 +178,34 @@ def test_fp8_golden(family: str, kept: str) -> None:
             np.testing.assert_array_equal(made.result("actions"), got)
         whole = Engine([tape], m.ckpt.read, device="cuda", precision="bf16")
         assert engine.weight_bytes < whole.weight_bytes
+
+
+@needs_fp8
+def test_fp8_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From observations to actions: calibrated on the reference executor, loaded on the GPU, verified there."""
+    ckpt = read_checkpoint(ROOT / "smolvla")
+    observations = random_observations(ckpt, build_processors(ckpt), 4)
+    runner = Runner(ckpt, observations, device="reference")
+    path = Path(shutil.copytree(ckpt.path, tmp_path / "policy"))
+    scales = runner.calibrate()
+    scales.write(path / FILE)
+    policy = load_policy(path, device="cuda", precision="fp8")
+    assert policy.info.precision == "fp8"
+    for i, o in enumerate(observations):
+        noise = np.random.default_rng([0, i]).standard_normal((policy.info.horizon, 32), np.float32)
+        got = policy.predict(o.images, o.state, o.task, noise=noise)
+        assert relative(got, runner.run(i, scales).robot) < 0.05
+    assert main(["verify", str(path), "--device", "cuda", "--precision", "fp8"]) == 0
+    assert "fp8 against bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    torch.cuda.get_device_capability() == (9, 0), reason="needs a GPU that does not compute fp8"
+)
+def test_fp8_is_refused_by_other_gpus() -> None:
+    c = make(CHAINS[0], seed=1)
+    in_vision(c.tape)
+    scales = calibrated(c.tape, c.weights.__getitem__, c.inputs)
+    with pytest.raises(EngineError, match=r"precision 'fp8': expected compute capability 9\.0") as info:
+        Engine([c.tape], c.weights.__getitem__, device="cuda", precision="fp8", scales=scales)
+    assert "\n" not in str(info.value)

@@ -135,7 +135,7 @@ class Program:
 
 
 def _check_fp8(device: str, tapes: Sequence[Tape], scales: Scales | None) -> None:
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         raise EngineError(
             f"engine: precision 'fp8': device {device!r} does not have it: use 'cuda', or precision 'bf16'"
         )

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, default="eval", help="of scenes and sentences")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or reference for PyTorch (default: cpu)")
     parser.add_argument(
-        "--precision", default="fp32", help="fp32, bf16, int8 (CPU) or fp8 (reference) (default: fp32)"
+        "--precision", default="fp32", help="fp32, bf16, int8 (CPU) or fp8 (cuda, reference) (default: fp32)"
     )
     parser.add_argument("--num-steps", type=int, help="denoising steps (default: the checkpoint's)")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")

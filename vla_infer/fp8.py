@@ -39,7 +39,7 @@ HEADROOM = (
     2.0  # a binade for what calibration did not see: floating point loses nothing by it, clipping costs much
 )
 MAX_ERROR = 0.0998  # a relative error of e leaves a cosine of at least sqrt(1 - e^2): 0.995
-DEVICES = ("reference",)  # that a policy may use in fp8; "cuda" when its kernels have run on a GPU
+DEVICES = ("cuda", "reference")  # of the GPUs those of compute capability 9.0: the engine refuses others
 STAGES = ("vision", "prefix")
 # What can write 8-bit values: their kernels end in a conversion of float32 anyway.
 _WRITERS = ("linear", "gated_linear", "attention", "space_to_depth", "image_patches")

@@ -35,7 +35,9 @@ PARAMETERS = (
     Parameter("policy", "", "Directory of the policy as LeRobot saves it", "a directory with config.json"),
     Parameter("contract", "", "Contract of the robot: a YAML file or a shipped name", "see docs/contract.md"),
     Parameter("device", "cpu", "Where the policy runs", "cpu, cuda or cuda:N"),
-    Parameter("precision", "fp32", "Precision of the weights and products", "fp32, bf16 or, on a CPU, int8"),
+    Parameter(
+        "precision", "fp32", "Precision of the weights and products", "fp32, bf16, int8 (CPU) or fp8 (CUDA)"
+    ),
     Parameter(
         "num_steps", 0, "Denoising steps of one inference; 0: as the checkpoint says", low=0, high=1000
     ),

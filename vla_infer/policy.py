@@ -307,8 +307,9 @@ def load_policy(
     Args:
         device: "cpu", "cuda" or "reference" (PyTorch, operation by operation: slow, to compare by).
         precision: "fp32", "bf16" or, on a CPU, "int8": 8-bit integer products with a scale for each output of a
-            weight and for each row of activations, bfloat16 in between; or, with device "reference", "fp8": 8-bit
-            floating point in the vision encoder and the prefix, by the scales that `vla-infer calibrate` wrote.
+            weight and for each row of activations, bfloat16 in between; or, on a GPU of compute capability 9.0 and
+            with device "reference", "fp8": 8-bit floating point in the vision encoder and the prefix, by the scales
+            that `vla-infer calibrate` wrote.
         num_steps: denoising steps; None takes what the checkpoint says.
         threads: of the CPU engine, None for one a processor.
         max_image: the largest picture (height, width) that `predict` will be given; only the product matters.

@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("contract", help="contract of the robot: a YAML file or a shipped name such as so101")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or, on a CPU, int8 (default: fp32)")
+    parser.add_argument(
+        "--precision", default="fp32", help="fp32, bf16, int8 (CPU) or fp8 (cuda) (default: fp32)"
+    )
     parser.add_argument("--num-steps", type=int, help="denoising steps (default: the checkpoint's)")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine (default: its own choice)")
     parser.add_argument("--control-rate", type=float, help="commands a second (default: the contract's)")

@@ -230,6 +230,10 @@ def main(args: argparse.Namespace) -> int:
     """Print a line for each stage; 1 where one of them is off."""
     if args.layers and args.precision != "fp8":
         raise EngineError(f"--layers: expected --precision fp8, got {args.precision}")
+    if args.layers and args.device.partition(":")[0] != "reference":
+        raise EngineError(
+            f"--layers: expected --device reference or reference:cuda, which observes every product, got {args.device}"
+        )
     ckpt = read_checkpoint(args.policy)
     golden = args.golden or args.policy / "golden.safetensors"
     scales = None
