@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from op_cases import Case
 
-from vla_infer.fp8 import Errors, Scales, in_fp8, key, scale_of
+from vla_infer.calibration import Magnitudes
+from vla_infer.fp8 import Scales
 from vla_infer.reference import ReferenceExecutor
-from vla_infer.tape import Op, Tape, Tensor, Weight
+from vla_infer.tape import Tape, Tensor, Weight
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 ReadWeight = Callable[[str], npt.NDArray[np.generic]]
@@ -21,18 +21,11 @@ ReadWeight = Callable[[str], npt.NDArray[np.generic]]
 
 def calibrated(tape: Tape, read: ReadWeight, inputs: Arrays, *, bf16: tuple[str, ...] = ()) -> Scales:
     """Scales from one run."""
-    largest: dict[str, float] = {}
-
-    def observe(op: Op, x: torch.Tensor) -> None:
-        if in_fp8(op):
-            largest[key(op)] = max(largest.get(key(op), 0.0), float(x.abs().max()))
-
+    magnitudes = Magnitudes(tape)
     executor = ReferenceExecutor(tape, read, "fp32")
-    executor.observe = observe
+    executor.observe = magnitudes.observe
     executor.run(inputs)
-    activations = {name: float(scale_of(value)) for name, value in largest.items()}
-    none = Errors(1, 1, 1, 0, 0, 0)
-    return Scales(activations, bf16, "0" * 64, "0" * 64, 1, 0, none, None)
+    return replace(magnitudes.scales(samples=1, headroom=1.0), bf16=bf16)
 
 
 def in_vision(tape: Tape) -> None:

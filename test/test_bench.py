@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,14 @@ from vla_infer.bench import command, peers
 from vla_infer.bench.cost import tape_cost
 from vla_infer.bench.measure import in_turn, percentiles, ratio
 from vla_infer.bench.rendering import Renderer, picture
-from vla_infer.bench.setups import Setup, make_tape
+from vla_infer.bench.report import markdown
+from vla_infer.bench.setups import Plan, Setup, make_tape
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.errors import EngineError, VlaInferError
 from vla_infer.inputs import TapeObservation, empty_inputs, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.policy import weight_reader
+from vla_infer.processors import build_processors
 from vla_infer.tape import Tape, Weight
 from vla_infer.verify import relative
 
@@ -82,7 +85,7 @@ def test_cost_counts_products_each_time_they_run() -> None:
     t.stage = "head"
     with t.loop(3):
         t.linear(y, Weight("b", 2, 16))
-    costs = tape_cost(t, 2.0, 2)
+    costs = tape_cost(t, "bf16")
     assert costs["vision"].flops == 2 * 4 * 8 * 16 + 3 * 2 * 4 * 16 * 16 + 4 * 4 * 4 * 16
     assert costs["vision"].moved == 2 * (8 * 16 + 3 * 16 * 16)
     assert (costs["head"].flops, costs["head"].moved) == (3 * 2 * 4 * 16 * 2, 3 * 2 * 16 * 2)
@@ -268,6 +271,54 @@ def test_report_in_markdown_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "PyTorch compiled: torch.compile had not ended after 0.2 s" in text
     assert "Ceilings measured in this run: product" in text
     assert f"({report['read_mb']} MB read in {report['read_s']} s), first action after" in text
+
+
+# ------------------------------------------------------------------------- fp8
+def test_fp8_beside_bfloat16(tmp_path: Path) -> None:
+    """Scales from random inputs; the same program as the reference executor's, so nothing from it; two bytes a
+    weight become one in vision and prefix alone."""
+    torch_or_skip()
+    ckpt = read_checkpoint(GOLDEN / "smolvla")
+    setup = Setup("reference", "fp8", 16, cameras=1, horizon=4, steps=2)
+    plan = Plan(runs=2, warmup=0, baselines=[], pairs=2, compile_limit=1.0, samples=3, calibrate=True)
+    report = command.bench(weight_reader(ckpt), ckpt, setup, plan, tmp_path)
+    found = report["against_bf16"]
+    assert found["samples"] == 3
+    assert found["to_reference_fp8"] == 0 < 1e-3 < found["bf16_to_reference_fp8"]
+    assert 0.99 < found["cosine"] <= found["cosine_median"] < 1
+    assert found["cosine_added"] < found["cosine_median"]
+    assert 1e-3 < found["relative_l2_median"] <= found["relative_l2"] < 0.1
+    assert found["times_longer"]["low"] <= found["times_longer"]["median"]
+    for stage, s in found["bf16"]["stages"].items():
+        eight = report["stages"][stage]["moved_mb"]
+        assert eight < 0.7 * s["moved_mb"] if stage in ("vision", "prefix") else eight == s["moved_mb"]
+    text = markdown(report)
+    assert f"Actions of 3 observations against bf16: worst cosine {found['cosine']:.5f}, median" in text
+
+
+def test_fp8_of_a_policy_is_by_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch_or_skip()
+    from vla_infer.calibration import Runner
+    from vla_infer.observations import random_observations
+
+    policy = Path(shutil.copytree(GOLDEN / "smolvla", tmp_path / "policy"))
+    words = ["bench", "--policy", str(policy), "--precision", "fp8", "--device", "reference", "--steps", "1"]
+    words += ["--runs", "1", "--warmup", "0", "--pairs", "1", "--samples", "1", "--prompt", "16"]
+    assert cli.main(words) == 1
+    assert (
+        "fp8.json: missing; precision 'fp8' needs scales: run: vla-infer calibrate" in capsys.readouterr().err
+    )
+    ckpt = read_checkpoint(policy)
+    observations = random_observations(ckpt, build_processors(ckpt), 1)
+    Runner(ckpt, observations, device="reference").calibrate().write(policy / "fp8.json")
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "Scales: fp8.json." in out
+    assert "To the reference executor" not in out
+    assert cli.main([*words[:5], "--device", "cpu"]) == 1
+    assert "device 'cpu' does not have it" in capsys.readouterr().err
+    assert cli.main([*words[:5], "--baseline", "torch"]) == 1
+    assert "--baseline: expected device cpu or cuda and no fp8" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------- rendering

@@ -156,11 +156,13 @@ def test_scales_are_the_largest_magnitudes(runner: Runner, scales: Scales) -> No
     first = next(iter(scales.activations.values()))
     assert 0.9 * 2 / 448 < first <= np.float32(2 / 448)
     seen, unseen = split(COUNT)
-    largest = np.array(list(runner.magnitudes(seen).values()))
+    largest = np.array(list(runner.magnitudes(seen).largest.values()))
     np.testing.assert_array_equal(
         np.float32(list(scales.activations.values())), np.float32(2 * largest) / np.float32(448)
     )
-    assert (np.array(list(runner.magnitudes(unseen).values())) > largest).any()  # so that the split matters
+    assert (
+        np.array(list(runner.magnitudes(unseen).largest.values())) > largest
+    ).any()  # so that the split matters
     assert (scales.samples, scales.held_out, scales.bf16) == (4, 1, ())
 
 
@@ -180,12 +182,12 @@ def test_errors_are_those_of_fp8(runner: Runner, scales: Scales) -> None:
 def test_padding_does_not_widen_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same magnitudes in the bucket that fits and in the longest, whose rest is other tokens."""
     one = some(1, instruction="go")
-    short = Runner(CKPT, one, device="reference").magnitudes([0])
+    short = Runner(CKPT, one, device="reference").magnitudes([0]).largest
     monkeypatch.setattr("vla_infer.policy.BUCKETS", ())
     padded = Runner(CKPT, one, device="reference")
-    np.testing.assert_allclose(list(padded.magnitudes([0]).values()), list(short.values()), rtol=1e-2)
+    np.testing.assert_allclose(list(padded.magnitudes([0]).largest.values()), list(short.values()), rtol=1e-2)
     monkeypatch.setattr(calibration, "_seen_rows", lambda blocks, observe, op, x: observe(op, x))
-    wide = padded.magnitudes([0])
+    wide = padded.magnitudes([0]).largest
     assert max(wide[name] / short[name] for name in wide) > 1.05  # what the test would see otherwise
 
 

@@ -73,6 +73,29 @@ def _cosine(a: Array, b: Array) -> float:
     return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
+class Magnitudes:
+    """The largest magnitude of the left operand of each product of a tape that could be in fp8, by its key.
+    `observe` is for `ReferenceExecutor.observe`; it raises EngineError for an operand that is not finite."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.largest = dict.fromkeys(products(tape), 0.0)
+
+    def observe(self, op: Op, x: Torch) -> None:
+        if in_fp8(op):
+            value = float(x.abs().amax())
+            if not np.isfinite(value):
+                raise EngineError(f"calibrate: {key(op)}: its left operand is not finite")
+            self.largest[key(op)] = max(self.largest[key(op)], value)
+
+    def scales(self, *, samples: int, headroom: float = HEADROOM) -> Scales:
+        """Scales of what was seen. Their errors are not measured and no weights are named: not to be written."""
+        activations = {name: float(scale_of(headroom * value)) for name, value in self.largest.items()}
+        return Scales(
+            activations, (), "0" * 64, hash_tape(self.tape), samples, 0, Errors(1, 1, 1, 0, 0, 0), None
+        )
+
+
 class Runner:
     """Observations of one policy on the reference executor, in bfloat16 or with products in fp8.
 
@@ -156,37 +179,19 @@ class Runner:
         return errors_of([(self.plain(i), self.run(i, scales)) for i in indices])
 
     # ------------------------------------------------------------------------------------------------- calibration
-    def magnitudes(self, indices: Sequence[int]) -> dict[str, float]:
-        """The largest magnitude of the left operand of each product that could be in fp8, by its key."""
-        largest = dict.fromkeys(products(self.tape), 0.0)
-
-        def observe(op: Op, x: Torch) -> None:
-            if in_fp8(op):
-                value = float(x.abs().amax())
-                if not np.isfinite(value):
-                    raise EngineError(f"calibrate: {key(op)}: its left operand is not finite")
-                largest[key(op)] = max(largest[key(op)], value)
-
+    def magnitudes(self, indices: Sequence[int]) -> Magnitudes:
+        """Of some observations."""
+        found = Magnitudes(self.tape)
         for i in indices:
-            self._plain[i] = self.run(i, observe=observe)
-        return largest
+            self._plain[i] = self.run(i, observe=found.observe)
+        return found
 
     def calibrate(self, *, kept: Sequence[str] = ()) -> Scales:
         """Scales from the observations, and the errors they leave. kept: keys of what stays in bfloat16."""
         seen, unseen = split(len(self.observations))
-        largest = self.magnitudes(seen)
-        nothing = Errors(1, 1, 1, 0, 0, 0)
-        scales = Scales(
-            activations={name: float(scale_of(HEADROOM * value)) for name, value in largest.items()},
-            bf16=(),
-            weights=hash_weights(weight_files(self.ckpt)),
-            tape=hash_tape(self.tape),
-            samples=len(seen),
-            held_out=len(unseen),
-            seen=nothing,
-            unseen=None,
-        )
-        return self.measured(scales, kept)
+        scales = self.magnitudes(seen).scales(samples=len(seen))
+        weights = hash_weights(weight_files(self.ckpt))
+        return self.measured(replace(scales, weights=weights, held_out=len(unseen)), kept)
 
     def measured(self, scales: Scales, kept: Sequence[str]) -> Scales:
         """The same scales with `kept` in bfloat16, and the errors of that."""

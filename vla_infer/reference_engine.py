@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.generic]
 
 
+def import_reference(what: str) -> type[ReferenceExecutor]:
+    """The reference executor. Raises EngineError, `what` needs it, where PyTorch is missing."""
+    try:
+        from vla_infer.reference import ReferenceExecutor
+    except ModuleNotFoundError as error:
+        raise EngineError(f"{what}: needs {error.name}; pip install torch") from None
+    return ReferenceExecutor
+
+
 class ReferenceProgram:
     """One tape with inputs to fill, as `engine.Program`."""
 
@@ -35,6 +44,10 @@ class ReferenceProgram:
         """Inputs to outputs."""
         for _ in range(times):
             self._results = self._executor.run(self.inputs)
+
+    def profile(self) -> dict[str, float]:
+        """Nothing is known of stages."""
+        return {}
 
     def result(self, name: str) -> npt.NDArray[np.float32]:
         """A copy of an output as float32."""
@@ -56,16 +69,13 @@ class ReferenceEngine:
         precision: str,
         scales: Scales | None = None,
     ) -> None:
-        try:
-            from vla_infer.reference import ReferenceExecutor
-        except ModuleNotFoundError as error:
-            raise EngineError(f"device reference: needs {error.name}; pip install torch") from None
+        executor_of = import_reference("device reference")
         place = device.partition(":")[2] or "cpu"
         self.device_name = f"reference ({place})"
         first: ReferenceExecutor | None = None
         self.programs = []
         for tape in tapes:
-            executor = ReferenceExecutor(tape, read, precision, device=place, scales=scales, like=first)
+            executor = executor_of(tape, read, precision, device=place, scales=scales, like=first)
             first = first or executor
             self.programs.append(ReferenceProgram(executor, tape))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import gc
 import importlib.util
@@ -23,41 +22,36 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_infer import __version__
+from vla_infer.bench import fp8
 from vla_infer.bench import peers as P
 from vla_infer.bench.ceilings import measure_ceilings
 from vla_infer.bench.cost import stages, tape_cost
 from vla_infer.bench.host import commit, processor, versions
 from vla_infer.bench.measure import in_turn, measure, percentiles, ratio
 from vla_infer.bench.report import markdown
-from vla_infer.bench.setups import ReadWeight, Setup, make_tape, pooled_reader
+from vla_infer.bench.setups import (
+    Actions,
+    Plan,
+    ReadWeight,
+    Setup,
+    infer,
+    make_tape,
+    policy_tape,
+    pooled_reader,
+)
 from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import PRECISIONS, Engine
-from vla_infer.errors import VlaInferError
+from vla_infer.errors import EngineError, VlaInferError
 from vla_infer.inputs import Arrays
 from vla_infer.models import FAMILIES
 from vla_infer.policy import weight_reader
 from vla_infer.random_checkpoint import random_policy
+from vla_infer.reference_engine import make_engine
 from vla_infer.tape import Tape
 from vla_infer.verify import relative
 
 INPUT_SETS = 8
 WARMUP_PAIRS = 2
-# bytes of a number between operations; weights: those of `PRECISIONS`
-ACT_BYTES = {"fp32": 4}
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}
-
-Actions = npt.NDArray[np.float32]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How much is measured: calls of ours alone, pairs of calls with each peer, seconds for torch.compile."""
-
-    runs: int
-    warmup: int
-    baselines: list[str]
-    pairs: int
-    compile_limit: float
 
 
 class Reading:
@@ -82,24 +76,28 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     sets = [draw(random) for _ in range(INPUT_SETS)]
     on_cpu = setup.device.startswith("cpu")
     want, yardstick = (None, "")
-    if plan.baselines:
+    eight: fp8.Calibrated | None = None
+    if setup.precision == "fp8":
+        eight = (
+            fp8.of_inputs(tape, read, draw, setup.device)
+            if plan.calibrate
+            else fp8.of_file(ckpt, policy_tape(ckpt, setup), setup.device)
+        )
+    elif plan.baselines:
         want, yardstick = expected(tape, read, sets[0], device=setup.device)
     ceilings = None
     if on_cpu:
         ceilings = measure_ceilings(setup.precision, device=setup.device, threads=setup.threads or 1)
     load, start, reading = os.getloadavg()[0], time.perf_counter(), Reading(read)
-    engine = Engine([tape], reading, device=setup.device, precision=setup.precision, threads=setup.threads)
+    scales = eight.scales if eight else None
+    engine = make_engine(
+        [tape], reading, device=setup.device, precision=setup.precision, threads=setup.threads, scales=scales
+    )
     load_s = time.perf_counter() - start
     program = engine.programs[0]
 
     def whole(i: int) -> Actions:
-        for name, values in sets[i % INPUT_SETS].items():
-            program.inputs[name][...] = values
-        program.run()
-        actions = program.result("actions")
-        if not np.isfinite(actions).all():
-            raise VlaInferError(f"bench: call {i} gave actions that are not finite")
-        return actions
+        return infer(program, sets[i % INPUT_SETS])
 
     whole(0)
     first_s = time.perf_counter() - start
@@ -124,11 +122,16 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
         "call_ms": percentiles(measure(whole, runs=plan.runs, warmup=plan.warmup)),
     }
     report["engine_ms"] = percentiles(measure(lambda _: program.run(), runs=plan.runs, warmup=1))
-    costs = tape_cost(tape, WEIGHT_BYTES[setup.precision], ACT_BYTES.get(setup.precision, 2))
+    costs = tape_cost(tape, setup.precision, scales)
     report["stages"] = stages(program, costs, ceilings)
     if ceilings:
         report["ceilings"] = ceilings.json()
     report["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
+    if eight is not None:
+        plain, compared = fp8.against_bfloat16(program, tape, read, setup, sets, plan)
+        others = fp8.observations(draw, plan.samples)
+        compared |= fp8.errors(program, plain, others, ckpt.action_dim, eight.want)
+        report["against_bf16"] = {"scales": eight.source, **compared}
     if want is not None:
         job = P.Job(
             tape, read, sets, setup.device, setup.threads if on_cpu else None, scratch, plan.compile_limit
@@ -208,13 +211,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights", action="store_true", help="weights made on the fly, no file needed"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set> or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu, cpu:<instruction set>, cuda or reference")
     parser.add_argument(
         "--precision",
         default=["bf16"],
         nargs="+",
-        choices=sorted(PRECISIONS),
-        help="one measurement for each",
+        choices=sorted({*PRECISIONS, "fp8"}),
+        help="one measurement for each; fp8 beside bf16, with its error (random weights: needs PyTorch for scales)",
     )
     parser.add_argument("--cameras", type=int, nargs="+", help="one measurement for each number of cameras")
     parser.add_argument("--horizon", type=int, nargs="+", help="one measurement for each number of actions")
@@ -222,6 +225,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument(
         "--threads", type=int, help="threads of the CPU engine and of its peers (all processors)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=64, help="sets of inputs that fp8's error is measured on (64)"
     )
     parser.add_argument("--runs", type=int, default=200, help="calls that count (200)")
     parser.add_argument("--warmup", type=int, default=10, help="calls before them (10)")
@@ -233,7 +239,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the same tape through these too, in turn with the engine: torch (on a GPU eager and in a CUDA graph; "
         "torch-compile: compiled there too), onnxruntime, openvino",
     )
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of calls with each peer (10)")
+    parser.add_argument(
+        "--pairs", type=int, default=10, help="pairs of calls with each peer, or in bf16 (10)"
+    )
     parser.add_argument(
         "--compile-limit", type=float, default=300.0, help="seconds that torch.compile may take (300)"
     )
@@ -247,13 +255,23 @@ def main(args: argparse.Namespace) -> int:
         raise VlaInferError(
             "bench: --model and --random-weights go together: a model without weights is random"
         )
-    for name in ("runs", "pairs"):
+    if args.baseline and ("fp8" in args.precision or args.device.startswith("reference")):
+        raise EngineError("bench: --baseline: expected device cpu or cuda and no fp8, which no peer computes")
+    for name in ("runs", "pairs", "samples"):
         if getattr(args, name) < 1:
             raise VlaInferError(f"bench: --{name}: expected 1 or more, got {getattr(args, name)}")
     threads = args.threads
     if args.device.startswith("cpu") and not threads:
         threads = len(os.sched_getaffinity(0))
-    plan = Plan(args.runs, args.warmup, args.baseline, args.pairs, args.compile_limit)
+    plan = Plan(
+        args.runs,
+        args.warmup,
+        args.baseline,
+        args.pairs,
+        args.compile_limit,
+        args.samples,
+        args.random_weights,
+    )
     reports = []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from vla_infer.bench.ceilings import Ceilings
-from vla_infer.engine import Program
+from vla_infer.bench.setups import Program
+from vla_infer.engine import PRECISIONS
+from vla_infer.fp8 import Scales, in_fp8
 from vla_infer.tape import Op, Tape
 
 PROFILED = 3  # runs of which the median counts
@@ -23,21 +25,31 @@ class Cost:
     moved: float
 
 
-def tape_cost(tape: Tape, weight_bytes: float, act_bytes: int) -> dict[str, Cost]:
+def tape_cost(tape: Tape, precision: str, scales: Scales | None = None) -> dict[str, Cost]:
     """Cost by stage, counted from the shapes: 2 m n k a product, 2 products an attention; every weight read once
-    for each time its operation runs. The projection of the prefix to keys counts where it is done."""
+    for each time its operation runs. The projection of the prefix to keys counts where it is done. scales: of
+    precision "fp8"."""
+    act_bytes = PRECISIONS.get(precision, 2)
     costs: dict[str, Cost] = {}
     for op in tape.ops:
         if op.at_load:
             continue
         times = tape.steps if op.loop else 1
         old = costs.get(op.stage, Cost(0, 0))
-        flops, moved = _flops(op), sum(w.n * w.k for w in op.weights) * weight_bytes
+        flops = _flops(op)
+        moved = float(sum(w.n * w.k for w in op.weights) * _weight_bytes(op, precision, scales))
         if op.kind == "image_patches":
             frames, out = op.operands["frames"], op.operands["out"]
             moved = float(frames.rows * frames.cols + out.rows * out.cols * act_bytes)
         costs[op.stage] = Cost(old.flops + times * flops, old.moved + times * moved)
     return costs
+
+
+def _weight_bytes(op: Op, precision: str, scales: Scales | None) -> int:
+    """Of one number of an operation's weights."""
+    if precision == "int8" or (scales is not None and in_fp8(op, scales.bf16)):
+        return 1
+    return PRECISIONS.get(precision, 2)
 
 
 def _flops(op: Op) -> float:

@@ -29,6 +29,8 @@ def markdown(report: dict[str, Any]) -> str:
         times = [f"{v:.2f}" for v in report[f"{name}_ms"].values()]
         lines.append(_row("whole call" if name == "call" else name, *times))
     lines += _stages(report["stages"], report.get("ceilings"))
+    if "against_bf16" in report:
+        lines += _against_bf16(report)
     if report.get("peers"):
         lines += _peers(report)
     lines += [f"\n{r['name']}: {r['why']}." for r in report.get("refused", [])]
@@ -73,4 +75,28 @@ def _peers(report: dict[str, Any]) -> list[str]:
         f"longer: median of the pairs' ratios, and an interval that holds it with {confidence:.1%}. Error: relative L2 "
         f"of the actions to {report['yardstick']}; ours {report['error']:.1e}.",
     ]
+    return lines
+
+
+def _against_bf16(report: dict[str, Any]) -> list[str]:
+    found = report["against_bf16"]
+    bf16, longer = found["bf16"], found["times_longer"]
+    lines = _head("whole call", "p50", "p95", "p99", "max", *report["stages"], "weights, MB", "else, MB")
+    for name, r in (("bf16", bf16), ("fp8", report)):
+        times = [f"{v:.2f}" for v in r["call_ms"].values()]
+        each = [s.get("ms", "–") for s in r["stages"].values()]
+        lines.append(_row(name, *times, *each, r["weight_mb"], r["arena_mb"]))
+    lines += [
+        "",
+        f"ms; bf16 takes {longer['median']:.3f} [{longer['low']:.3f}, {longer['high']:.3f}] times as long (median of "
+        f"{found['pairs']} pairs of calls in turn). Actions of {found['samples']} observations against bf16: worst "
+        f"cosine {found['cosine']:.5f}, median {found['cosine_median']:.5f}, worst of what is added to the noise "
+        f"{found['cosine_added']:.5f}; relative L2 {found['relative_l2']:.4f} at worst, median "
+        f"{found['relative_l2_median']:.4f}. Scales: {found['scales']}.",
+    ]
+    if "to_reference_fp8" in found:
+        lines.append(
+            f"To the reference executor in fp8: {found['to_reference_fp8']:.1e}; of bf16 to it "
+            f"{found['bf16_to_reference_fp8']:.1e}."
+        )
     return lines
