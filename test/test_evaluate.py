@@ -251,17 +251,3 @@ def test_command_line(world: World, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli(["evaluate", "--expert", "--episodes", "0"]) == 2
     assert cli(["evaluate", "--policy", str(tmp_path)]) == 1
     assert "config.json" in capsys.readouterr().err
-
-
-def test_through_dds_the_scenes_are_the_same(
-    world: World, policy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("rclpy", reason="the nodes need ROS 2")
-    words = ["evaluate", "--policy", str(policy), "--through-dds", "--episodes", "1", "--seed", "4"]
-    assert cli([*words, "--latency-ms", "50"]) == 1
-    assert "--latency-ms" in capsys.readouterr().err
-    assert cli([*words, "--kinds", "touch", "--time-limit", "1", "--scheduler", "rtc", "--threads", "1"]) == 0
-    there = capsys.readouterr()
-    here = evaluate(options(policy, seed=4, kinds=("touch",), time_limit=0.1))
-    assert f"seed 4: {here.outcomes[0].said}" in there.err
-    assert "scheduler rtc, an inference takes what it takes" in there.out

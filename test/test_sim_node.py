@@ -220,6 +220,15 @@ def test_it_is_a_robot_to_whoever_speaks_the_contract(driver: Driver) -> None:
         driver.until(future.done, "the reset")
         driver.until(lambda: driver.status["episode"] == "2", "the second episode")
         assert driver.status["episodes"] == "0"
+        # Whoever comes late hears the last episode all the same.
+        from diagnostic_msgs.msg import DiagnosticStatus
+        from rclpy.qos import DurabilityPolicy, QoSProfile
+
+        kept = QoSProfile(depth=50, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        late: list[Any] = []
+        driver.node.create_subscription(DiagnosticStatus, "simulation/status", late.append, kept)
+        driver.until(lambda: late, "the late listener's first message")
+        assert {pair.key: pair.value for pair in late[0].values}["episode"] == "1"
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
 

@@ -95,7 +95,8 @@ class Simulation:
     def _topics(self, contract: Contract) -> None:
         node = self._node
         reliable = QoSProfile(depth=2)
-        kept = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        # Some seconds of it: with a depth of one an outcome that is late, or sent again, is overwritten by the next.
+        kept = QoSProfile(depth=25, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._clock = node.create_publisher(
             Clock, "/clock", QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         )

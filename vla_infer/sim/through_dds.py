@@ -6,12 +6,12 @@ take part. What comes back is what a listener sees: outcomes, times by /clock, a
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +25,101 @@ from vla_infer.errors import ReplayError, UnsupportedError
 from vla_infer.sim.evaluate import Evaluation, Options
 from vla_infer.sim.rollout import Outcome
 
-START_LIMIT = 90.0  # s until the first episode runs
+STATUS = "simulation/status"
+START_LIMIT = 90.0  # s until the simulation is heard, and from then on until the first episode runs
 _SLOWEST = 8.0  # how much longer than simulated an episode may take before it counts as stuck
 _BETWEEN = 3.0  # s, simulated: what the simulation waits between episodes, and some
 _JERK_PERIOD = 0.02  # s: every second joint state, as often as commands go out
 
 
 class _Listener:
-    """Follows the episodes of /simulation/status by their seeds."""
+    """Follows the episodes of /simulation/status, seed by seed: none may be missing, or the next would be waited for
+    for ever while others come and go.
 
-    def __init__(self, node: Any, contract: Contract) -> None:
+    outcomes: of the seeds so far, in their order. problem: what came that cannot be right, or nothing. heard: steady
+    time in seconds when something last came that was waited for.
+    """
+
+    def __init__(self, node: Any, contract: Contract, seeds: range) -> None:
         from diagnostic_msgs.msg import DiagnosticStatus
         from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
         from rosgraph_msgs.msg import Clock
         from sensor_msgs.msg import JointState
 
-        self.outcomes: dict[int, Outcome] = {}
+        self.outcomes: list[Outcome] = []
+        self.problem = ""
         self.heard = time.monotonic()
-        self._clock = 0.0
-        self._running: tuple[int, float] | None = None  # seed, and when it began
+        self._seeds = seeds
+        self._clock: float | None = None
+        self._began: float | None = None  # by /clock, the episode that runs
         self._positions: list[list[float]] = []
+        self._joints = contract.states[0].topic
+        self._silent = {STATUS, "/clock", self._joints}  # topics on which nothing came yet
         kept = QoSProfile(depth=50, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         best = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
-        node.create_subscription(DiagnosticStatus, "simulation/status", self._on_status, kept)
-        node.create_subscription(Clock, "/clock", self._on_clock, best)
-        node.create_subscription(JointState, contract.states[0].topic, self._on_joints, best)
+        node.create_subscription(DiagnosticStatus, STATUS, self.on_status, kept)
+        node.create_subscription(Clock, "/clock", self.on_clock, best)
+        node.create_subscription(JointState, self._joints, self.on_joints, best)
 
-    def _on_clock(self, message: Any) -> None:
+    @property
+    def connected(self) -> bool:
+        """Whether every topic was heard, so that no episode can begin unheard."""
+        return not self._silent
+
+    @property
+    def waits_for(self) -> str:
+        if self._silent:
+            return f"anything on {', '.join(sorted(self._silent))}"
+        return f"the {'begin' if self._began is None else 'end'} of episode {self._seeds[len(self.outcomes)]}"
+
+    def on_clock(self, message: Any) -> None:
+        self._silent.discard("/clock")
         self._clock = message.clock.sec + 1e-9 * message.clock.nanosec
 
-    def _on_joints(self, message: Any) -> None:
-        if self._running is not None:
+    def on_joints(self, message: Any) -> None:
+        self._silent.discard(self._joints)
+        if self._began is not None:
             self._positions.append(list(message.position))
 
-    def _on_status(self, message: Any) -> None:
+    def on_status(self, message: Any) -> None:
+        self._silent.discard(STATUS)
+        if self.problem or len(self.outcomes) == len(self._seeds):
+            return
         values = {item.key: item.value for item in message.values}
         seed, phase = int(values["seed"]), values["phase"]
-        if phase == "running" and (self._running is None or self._running[0] != seed):
-            self._running, self._positions = (seed, self._clock), []
+        wanted = self._seeds[len(self.outcomes)]
+        if (
+            self.outcomes and seed == wanted - 1 and phase == "ended"
+        ):  # the last outcome, which is shown for a moment
+            return
+        if seed != wanted or (phase == "ended" and self._began is None):
+            self.problem = (
+                f"{STATUS}: waited for {self.waits_for}, got episode {seed} {phase}: messages were lost, or another "
+                "simulation is in this ROS domain"
+            )
+        elif phase == "running" and self._began is None and self._clock is not None:
+            self._began, self._positions = self._clock, []
             self.heard = time.monotonic()
-        elif phase == "ended" and seed not in self.outcomes:
-            began = self._running[1] if self._running and self._running[0] == seed else math.nan
-            motion = np.array(self._positions[::2], np.float64)
-            jerk = np.diff(motion, n=3, axis=0) / _JERK_PERIOD**3 if len(motion) > 3 else np.zeros(1)
-            done = values["success"] == "true"
-            self.outcomes[seed] = Outcome(
+        elif phase == "ended" and self._began is not None and self._clock is not None:
+            self._end(seed, values, self._clock - self._began)
+
+    def _end(self, seed: int, values: dict[str, str], seconds: float) -> None:
+        motion = np.array(self._positions[::2], np.float64)
+        jerk = np.diff(motion, n=3, axis=0) / _JERK_PERIOD**3 if len(motion) > 3 else np.zeros(1)
+        done = values["success"] == "true"
+        self.outcomes.append(
+            Outcome(
                 seed,
                 values["kind"],
                 values["instruction"],
                 success=done,
                 obeyed=done,
-                seconds=self._clock - began,
+                seconds=seconds,
                 squared_jerk=float(np.square(jerk).mean()),
             )
-            self._running = None
-            self.heard = time.monotonic()
+        )
+        self._began = None
+        self.heard = time.monotonic()
 
 
 def evaluate_through_dds(options: Options, *, progress: Callable[[Outcome], None]) -> Evaluation:
@@ -108,14 +148,19 @@ def evaluate_through_dds(options: Options, *, progress: Callable[[Outcome], None
         raise UnsupportedError(f"{ckpt.path}: cameras of different sizes {sorted(sizes)}: one is drawn")
     with tempfile.TemporaryDirectory() as folder:
         contract = _contract_file(options, Path(folder))
-        domain = str(1 + os.getpid() % 100)
-        environment = {"ROS_DOMAIN_ID": domain, "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        domain = 1 + os.getpid() % 100
+        environment = {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        simulation, node = (
+            Program(command, environment=environment) for command in _commands(options, contract, sizes.pop())
+        )
         log = Path(folder) / "programs.log"
         with log.open("wb") as file:
             programs = Programs(file)
             try:
-                _start(programs, options, contract, sizes.pop(), environment)
-                outcomes = _listen(programs, options, load_contract(contract), int(domain), log, progress)
+                programs.start("simulation", simulation)
+                outcomes = _listen(
+                    programs, node, options, _Place(load_contract(contract), domain, log), progress
+                )
             finally:
                 programs.stop("node")
     return Evaluation(
@@ -136,9 +181,10 @@ def _contract_file(options: Options, folder: Path) -> str:
     return str(path)
 
 
-def _start(
-    programs: Programs, options: Options, contract: str, size: tuple[int, int], environment: dict[str, str]
-) -> None:
+def _commands(
+    options: Options, contract: str, size: tuple[int, int]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the simulation and of the policy's node; size: (H, W) of the images."""
     given = {"num_steps": options.num_steps, "threads": options.threads}
     node = parameters(
         policy=Path(str(options.policy)).resolve(),
@@ -158,46 +204,61 @@ def _start(
         image_height=size[0],
         image_width=size[1],
     )
-    programs.start("node", Program(python("vla_node", *node), environment=environment))
-    programs.start("simulation", Program(python("sim.node", *world), environment=environment))
+    return python("sim.node", *world), python("vla_node", *node)
 
 
-def _listen(
-    programs: Programs,
-    options: Options,
-    contract: Contract,
-    domain: int,
-    log: Path,
-    progress: Callable[[Outcome], None],
-) -> tuple[Outcome, ...]:
+@dataclass(frozen=True)
+class _Place:
+    """Where the programs run. log: of all they print."""
+
+    contract: Contract
+    domain: int
+    log: Path
+
+
+@contextmanager
+def _ears(place: _Place, seeds: range) -> Iterator[tuple[_Listener, Callable[[], None]]]:
+    """A listener, and what lets it hear for a moment."""
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
 
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     context = rclpy.Context()
     rclpy.init(
-        context=context, domain_id=domain, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO
+        context=context, domain_id=place.domain, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO
     )
     ros = rclpy.create_node("evaluation", context=context)
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(ros)
-    listener = _Listener(ros, contract)
-    wanted = range(options.seed, options.seed + options.episodes)
-    told = 0
     try:
-        while told < len(wanted):
-            executor.spin_once(timeout_sec=0.1)
-            while told < len(wanted) and wanted[told] in listener.outcomes:
-                progress(listener.outcomes[wanted[told]])
+        yield _Listener(ros, place.contract, seeds), lambda: executor.spin_once(timeout_sec=0.1)
+    finally:
+        executor.shutdown(timeout_sec=1.0)
+        ros.destroy_node()
+        rclpy.shutdown(context=context)
+
+
+def _listen(
+    programs: Programs, node: Program, options: Options, place: _Place, progress: Callable[[Outcome], None]
+) -> tuple[Outcome, ...]:
+    """The outcomes of a simulation that runs. The policy's node, whose first command begins the first episode, is
+    started when the simulation is heard: discovery can take longer than a short episode."""
+    seeds = range(options.seed, options.seed + options.episodes)
+    with _ears(place, seeds) as (listener, hear):
+        told, started = 0, False
+        while told < len(seeds):
+            hear()
+            if listener.connected and not started:
+                programs.start("node", node)
+                started, listener.heard = True, time.monotonic()
+            for outcome in listener.outcomes[told:]:
+                progress(outcome)
                 told += 1
             limit = START_LIMIT if not listener.outcomes else 0.0
             limit = max(limit, _SLOWEST * (options.time_limit + _BETWEEN))
-            problem = programs.ended()
+            problem = listener.problem or programs.ended()
             if not problem and time.monotonic() > listener.heard + limit:
-                problem = f"no episode began or ended for {limit:.0f} s"
-            if problem:
-                raise ReplayError("\n".join([f"through DDS: {problem}", *last_lines(log)]))
-    finally:
-        ros.destroy_node()
-        rclpy.shutdown(context=context)
-    return tuple(dataclasses.replace(listener.outcomes[seed]) for seed in wanted)
+                problem = f"waited {limit:.0f} s for {listener.waits_for}"
+            if problem and told < len(seeds):
+                raise ReplayError("\n".join([f"through DDS: {problem}", *last_lines(place.log)]))
+        return tuple(listener.outcomes)
