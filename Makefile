@@ -53,7 +53,7 @@ demo: build $(BAG)
 # they fail when it does.
 test: build $(VENV)/.test
 	@mkdir -p $(BUILD)
-	@$(IN_VENV) nice python test/soak.py --minutes 5 --rate 5 >$(BUILD)/soak.log 2>&1 & soak=$$!; \
+	@$(IN_VENV) nice timeout -k 60 900 python test/soak.py --minutes 5 --rate 5 >$(BUILD)/soak.log 2>&1 & soak=$$!; \
 	trap 'kill $$soak 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	$(MAKE) --no-print-directory lint colcon pytest TESTS="$(BUILD_TESTS)" || exit; \
 	echo "soak of five minutes:"; wait $$soak; ended=$$?; cat $(BUILD)/soak.log; exit $$ended

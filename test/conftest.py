@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,23 @@ _domains = itertools.count(os.getpid())
 def ros_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ROS domain for each test: nodes of the last one, or of another checkout's run, are not heard."""
     monkeypatch.setenv("ROS_DOMAIN_ID", str(1 + next(_domains) % 100))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A run that dies, as by the time-out of a test, must not leave nodes behind: an armed one least of all."""
+    guard = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("orphans.py")), str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def end() -> None:
+        guard.kill()
+        guard.wait()
+
+    config.add_cleanup(end)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

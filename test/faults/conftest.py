@@ -11,6 +11,14 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is tried again and again within one test has time for each trial: a minute, ten times what it takes."""
+    seconds = 60 * int(config.getoption("--fault-trials"))
+    for item in items:
+        if "trials" in getattr(item, "fixturenames", ()) and seconds > 300:
+            item.add_marker(pytest.mark.timeout(seconds))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("trials")
     if marker is not None:
