@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from vla_infer.errors import CheckpointError, EngineError, ObservationError, UnsupportedError, VlaInferError
 from vla_infer.normalize import Normalizer, make_normalizer
+from vla_infer.processor_steps import Tokenize
 from vla_infer.safetensors_io import open_safetensors, read_tensor, save_tensors
 from vla_infer.tokenizer import PromptTokenizer
 
@@ -94,6 +95,26 @@ def test_a_task_that_ends_in_a_line_break_gets_no_second_one() -> None:
     for family in ("smolvla", "pi0"):
         assert PROCESSORS[family].encode(STATE, "open\n").prompt == "open\n"
     assert PROCESSORS["pi05"].encode(STATE, "open\n").prompt.startswith("Task: open, State: ")
+
+
+def test_pi05_prompt_is_tokenized_once_for_each_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has to be counted and encoded; the answer belongs to its own text."""
+    processors = build(GOLDEN / "pi05")
+    (step,) = (step for step in processors._before if isinstance(step, Tokenize))
+    texts: list[str] = []
+    library = step.tokenizer._tokenizer
+
+    class Counting:
+        def encode(self, text: str, **options: bool) -> Any:
+            texts.append(text)
+            return library.encode(text, **options)
+
+    monkeypatch.setattr(step.tokenizer, "_tokenizer", Counting())
+    for state in (STATE, -STATE, STATE):
+        want = PROCESSORS["pi05"].encode(state, "open")
+        got = processors.encode(state, "open")
+        assert (got.prompt, list(got.tokens)) == (want.prompt, list(want.tokens))
+    assert len(texts) == 3
 
 
 def test_padding_of_the_tokenizer_file_is_not_applied() -> None:

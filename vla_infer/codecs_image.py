@@ -80,7 +80,7 @@ def decode_image(message: Any) -> Pixels:
     )
     if conversion is None:
         return np.ascontiguousarray(pixels)
-    return np.asarray(cv2.cvtColor(np.ascontiguousarray(pixels), conversion), dtype=np.uint8)
+    return np.asarray(cv2.cvtColor(pixels, conversion), dtype=np.uint8)  # reads rows that lie apart as well
 
 
 def encode_image(pixels: Pixels, message: Any) -> Any:
@@ -93,7 +93,7 @@ def encode_image(pixels: Pixels, message: Any) -> Any:
     return message
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_size(data: memoryview) -> tuple[int, int]:
     """(height, width) of the frame header (SOFn) of a JPEG stream, ITU-T T.81 B.2.2; (0, 0) if none."""
     at = 2
     while at + 9 <= len(data):
@@ -116,7 +116,7 @@ def check_compressed(message: Any) -> None:
         raise ObservationError(f"data has {data.size} bytes; expected at most {MAX_BYTES}")
     head, tail = data[:26].tobytes(), data[-4096:].tobytes()
     if head.startswith(b"\xff\xd8\xff"):
-        _check_size(*_jpeg_size(data[: 1 << 18].tobytes()), "the JPEG header")
+        _check_size(*_jpeg_size(data[: 1 << 18].data), "the JPEG header")
         # libjpeg fills what is missing with grey and goes on, so a cut stream has to be seen here.
         if not tail.rstrip(b"\0").endswith(b"\xff\xd9"):
             raise ObservationError(

@@ -53,6 +53,7 @@ class PromptTokenizer:
         self._set_template(config)
         self._special = self._hide_special_tokens()
         self._last: tuple[str, npt.NDArray[np.int32]] | None = None
+        self._encoded: tuple[str, list[int], list[int]] | None = None
 
     def _guarded(self, call: Callable[[], _T]) -> _T:
         # The library reports a malformed file as Exception, or as a Rust panic, which is a BaseException.
@@ -130,8 +131,11 @@ class PromptTokenizer:
         return np.asarray(ids, np.int32)
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=True)
-        return encoding.ids, encoding.special_tokens_mask
+        last = self._encoded  # π0.5's prompt, new with each state, is counted and then encoded
+        if last is None or last[0] != text:
+            encoding = self._tokenizer.encode(text, add_special_tokens=True)
+            last = self._encoded = (text, encoding.ids, encoding.special_tokens_mask)
+        return last[1], last[2]
 
     def _truncate(self, ids: list[int], template: list[int]) -> list[int]:
         """Drop tokens of the text, from its end or its start, and keep the template's own."""
