@@ -21,6 +21,12 @@ NODE_PARAMETERS = (
     ("contract", None, str, "contract of the robot: a YAML file or a shipped name, such as so101"),
     ("device", "cpu", str, "where the policy runs: cpu, cuda or cuda:N"),
     ("precision", "fp32", str, "precision of the weights and products: fp32, bf16, int8 (CPU) or fp8 (CUDA)"),
+    (
+        "calibrate_first",
+        "0",
+        int,
+        "observations to calibrate fp8 on where the policy has no fp8.json; 0: refuse",
+    ),
     ("control_rate", "0.0", float, "rate of the commands in Hz; 0: the contract's"),
     ("use_sim_time", "false", bool, "take the time from /clock"),
     ("autostart", "true", bool, "configure and activate at start"),

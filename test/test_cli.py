@@ -85,7 +85,9 @@ class TestRun:
         assert "control_rate:=100.0" in words
         assert 'instruction:="say \\"on\\": now"' in words
         assert "__ns:=/left" in words
-        assert not any(word.startswith("threads") for word in words)
+        assert not any(word.startswith(("threads", "calibrate_first")) for word in words)
+        words = run.ros_arguments(parse(run, "p", "so101", "--calibrate-first", "32"))  # type: ignore[arg-type]
+        assert "calibrate_first:=32" in words
 
     def test_node_starts_and_ends_on_sigint(self) -> None:
         pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")

@@ -18,7 +18,8 @@ from vla_infer.checkpoint import read_checkpoint
 from vla_infer.cli import main
 from vla_infer.engine import Engine, Program
 from vla_infer.errors import EngineError
-from vla_infer.fp8 import FILE, in_fp8, products
+from vla_infer.first_observations import load_calibrating
+from vla_infer.fp8 import FILE, in_fp8, products, read_scales
 from vla_infer.models import FAMILIES
 from vla_infer.observations import random_observations
 from vla_infer.policy import load_policy
@@ -197,6 +198,30 @@ def test_fp8_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert relative(got, runner.run(i, scales).robot) < 0.05
     assert main(["verify", str(path), "--device", "cuda", "--precision", "fp8"]) == 0
     assert "fp8 against bfloat16" in capsys.readouterr().out
+
+
+@needs_fp8
+def test_fp8_from_first_observations(tmp_path: Path) -> None:
+    """Calibrated on the engine while it goes on in bfloat16: the scales are the reference executor's."""
+    ckpt = read_checkpoint(ROOT / "smolvla")
+    observations = random_observations(ckpt, build_processors(ckpt), 4)
+    path = Path(shutil.copytree(ckpt.path, tmp_path / "policy"))
+    said: list[str] = []
+    policy = load_calibrating(path, 4, say=said.append)
+    before = [policy.predict(o.images, o.state, o.task) for o in observations]
+    assert policy.info.precision == "bf16"
+    while policy.thread.is_alive():
+        policy.seed(0)
+        again = [policy.predict(o.images, o.state, o.task) for o in observations]
+        if policy.info.precision == "bf16":
+            np.testing.assert_array_equal(again, before)
+    policy.predict(observations[0].images, observations[0].state, observations[0].task)
+    assert policy.info.precision == "fp8", said
+    want = Runner(ckpt, observations, device="reference").calibrate()
+    got = read_scales(path / FILE)
+    np.testing.assert_allclose(list(got.activations.values()), list(want.activations.values()), rtol=0.05)
+    assert (got.weights, got.tape, got.samples, got.held_out) == (want.weights, want.tape, 3, 1)
+    print(f"{said[1]}; the reference executor: {want.unseen}")
 
 
 @pytest.mark.skipif(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -338,6 +339,7 @@ def test_cleanup_does_not_wait_for_an_inference(make: Any) -> None:
             {"contract": "aloha"},
             "aloha.yaml: cameras.observation.images.cam_high: the policy has no such camera",
         ),
+        ({"calibrate_first": 4}, "calibrate_first: expected precision 'fp8', got 'fp32'"),
         ({"policy": "broken"}, "broken/config.json: is no JSON; copy it again"),
         ({"instruction": "x" * 5000}, "instruction: 5000 characters"),
     ],
@@ -368,6 +370,25 @@ def test_a_wrong_parameter_is_mended_without_a_restart(make: Any) -> None:
     late = harness.do(lambda: harness.node.set_parameters([Parameter("dry_run", value=False)]))[0]
     assert not late.successful
     assert "'dry_run' is read at configuration" in late.reason
+
+
+def test_fp8_without_scales_starts_in_bfloat16(make: Any, tmp_path: Path) -> None:
+    """And goes over to fp8 when the first observations of the robot have made scales; commands go on."""
+    pytest.importorskip("torch", reason="needs torch for the reference executor")
+    golden = Path(__file__).parent / "golden" / "smolvla"
+    policy = str(shutil.copytree(golden, tmp_path / "policy"))
+    harness = make(policy=policy, device="reference", precision="fp8", calibrate_first=2)
+    harness.start()
+    assert [options["precision"] for _, options in harness.loads] == ["bf16"]
+    assert f"fp8: no fp8.json beside {policy}: bfloat16 until 2 observations" in "\n".join(harness.lines)
+    harness.robot.feed()
+    until(lambda: any(line.startswith("fp8 from here on") for line in harness.lines), what="fp8")
+    assert [options["precision"] for _, options in harness.loads] == ["bf16", "fp8"]
+    assert harness.loads[0][1] | {"precision": "fp8"} == harness.loads[1][1]
+    assert (Path(policy) / "fp8.json").exists()
+    until(lambda: harness.policy.closed, what="the end of the policy in bfloat16")
+    count = len(harness.values(DRY))
+    until(lambda: len(harness.values(DRY)) > count + 50, what="commands")
 
 
 def test_every_parameter_describes_itself(make: Any) -> None:

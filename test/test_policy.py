@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,18 @@ def test_closed(golden: Golden) -> None:
     images, state = observe(golden)
     with pytest.raises(EngineError, match="after close"):
         policy.predict(images, state, TASK)
+
+
+def test_closing_gives_the_memory_back_at_once(golden: Golden) -> None:
+    """Without the garbage collector, which the node keeps from what was loaded."""
+    policy = vla_infer.load_policy(golden.path)
+    engine = weakref.ref(policy._engine)
+    gc.disable()
+    try:
+        policy.close()
+        assert engine() is None
+    finally:
+        gc.enable()
 
 
 def test_cuda_is_refused_in_one_line_where_it_is_not(golden: Golden) -> None:

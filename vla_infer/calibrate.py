@@ -1,6 +1,7 @@
 """`vla-infer calibrate`: scales for precision "fp8" out of observations, with what fp8 costs measured on them.
 
-Runs on the reference executor, so it needs PyTorch; what it writes beside the policy, `fp8.json`, does not.
+Runs on the reference executor, which needs PyTorch and can tell what each product adds, or on a GPU that computes fp8,
+without PyTorch. What it writes beside the policy, `fp8.json`, is the same.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--instruction", default="", help="where the bag or the dataset has none, and of what is made up"
     )
-    parser.add_argument("--device", default="reference", help="reference, or reference:cuda (reference)")
+    parser.add_argument(
+        "--device", default="reference", help="reference, reference:cuda, or cuda (reference)"
+    )
     parser.add_argument(
         "--max-error",
         type=float,
@@ -61,13 +64,14 @@ def main(args: argparse.Namespace) -> int:
     """Calibrate, print the figures, write the file. 0, or 1 where the error is beyond the bound."""
     _check(args)
     from vla_infer.calibration import Runner
+    from vla_infer.calibration_engine import make_runner
     from vla_infer.checkpoint import read_checkpoint
 
     ckpt = read_checkpoint(args.policy)
-    runner = Runner(ckpt, _observations(args, ckpt), device=args.device)
+    runner = make_runner(ckpt, _observations(args, ckpt), device=args.device)
     scales = runner.calibrate()
     print(report(f"{ckpt.family} on {args.device}", scales))
-    if args.layers:
+    if args.layers and isinstance(runner, Runner):
         layers = runner.layers(scales)
         limit = args.keep_limit or args.max_error / max(1, len(layers)) ** 0.5
         proposed = [name for name, errors in layers.items() if errors.relative_l2 > limit]
@@ -94,6 +98,8 @@ def main(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.samples < 1:
         raise EngineError(f"--samples: expected 1 or more, got {args.samples}")
+    if args.layers and args.device.partition(":")[0] != "reference":
+        raise EngineError(f"--layers: expected --device reference or reference:cuda, got {args.device}")
     for name in ("max_error", "keep_limit"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 1e6:

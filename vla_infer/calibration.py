@@ -28,17 +28,17 @@ from vla_infer.fp8 import (
     scale_of,
     weight_files,
 )
-from vla_infer.inputs import TapeObservation, empty_inputs, fill_inputs
+from vla_infer.inputs import Arrays, TapeObservation, empty_inputs, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.models.layers import UNSEEN
-from vla_infer.observations import Observation
 from vla_infer.policy import check_weights, prompt_buckets, weight_reader
-from vla_infer.processors import build_processors
+from vla_infer.processors import Encoded, build_processors
 from vla_infer.tape import Op, Tape
 
 if TYPE_CHECKING:
     from torch import Tensor as Torch
 
+    from vla_infer.observations import Observation
     from vla_infer.reference import ReferenceExecutor
 
 Array = npt.NDArray[np.float64]
@@ -83,10 +83,13 @@ class Magnitudes:
 
     def observe(self, op: Op, x: Torch) -> None:
         if in_fp8(op):
-            value = float(x.abs().amax())
-            if not np.isfinite(value):
-                raise EngineError(f"calibrate: {key(op)}: its left operand is not finite")
-            self.largest[key(op)] = max(self.largest[key(op)], value)
+            self.add(op, float(x.abs().amax()))
+
+    def add(self, op: Op, value: float) -> None:
+        """The largest magnitude of a run."""
+        if not np.isfinite(value):
+            raise EngineError(f"calibrate: {key(op)}: its left operand is not finite")
+        self.largest[key(op)] = max(self.largest[key(op)], value)
 
     def scales(self, *, samples: int, headroom: float = HEADROOM) -> Scales:
         """Scales of what was seen. Their errors are not measured and no weights are named: not to be written."""
@@ -96,57 +99,39 @@ class Magnitudes:
         )
 
 
-class Runner:
-    """Observations of one policy on the reference executor, in bfloat16 or with products in fp8.
+class Calibration:
+    """Scales for one policy out of observations, and the errors that they leave, on what runs them: `Runner` or
+    `EngineRunner`. Raises ObservationError for an observation that the policy cannot take."""
 
-    device: "reference" or "reference:cuda". Raises EngineError where PyTorch is missing, ObservationError for an
-    observation that the policy cannot take.
-    """
-
-    def __init__(self, ckpt: Checkpoint, observations: Sequence[Observation], *, device: str) -> None:
-        name, _, self._place = device.partition(":")
-        if name != "reference":
-            raise EngineError(
-                f"calibrate: device: expected reference or reference:cuda, got {device!r}: it observes every operation"
-            )
-        try:
-            import vla_infer.reference as reference
-        except ModuleNotFoundError as error:
-            raise EngineError(f"the reference executor needs {error.name}; pip install torch") from None
-        self._reference = reference
+    def __init__(self, ckpt: Checkpoint, observations: Sequence[Observation]) -> None:
         self.ckpt = ckpt
         self.observations = list(observations)
         self._model = FAMILIES[ckpt.family]
         self._sizes = self._model.sizes(ckpt)
         self._processors = build_processors(ckpt)
         self._frame_bytes = max(image.size for o in observations for image in o.images.values())
-        self._executors: dict[int, ReferenceExecutor] = {}
         self.tape = self._tape(self._processors.max_tokens)
         check_weights(ckpt, self.tape)
         self._plain: dict[int, Actions] = {}
+        # called before each run; what it raises ends a calibration
+        self.proceed: Callable[[], object] = lambda: None
+
+    def close(self) -> None:
+        """Give back what the device holds; not needed for anything else."""
 
     def _tape(self, prompt: int) -> Tape:
         recorded: Tape = self._model.record(self._sizes, prompt=prompt, frame_bytes=self._frame_bytes)
         return recorded
 
-    def _executor(self, tokens: int) -> ReferenceExecutor:
-        bucket = next(b for b in prompt_buckets(self._processors.max_tokens) if tokens <= b)
-        if bucket not in self._executors:
-            like = next(iter(self._executors.values()), None)
-            self._executors[bucket] = self._reference.ReferenceExecutor(
-                self._tape(bucket), weight_reader(self.ckpt), "bf16", device=self._place or "cpu", like=like
-            )
-        return self._executors[bucket]
-
-    def run(
-        self, index: int, scales: Scales | None = None, observe: Callable[[Op, Torch], None] | None = None
-    ) -> Actions:
-        """The actions of an observation, from the same noise whatever `scales` are. observe: see
-        `ReferenceExecutor`; it is called for operations in the prefix with the rows that some query sees."""
+    def _encoded(self, index: int) -> Encoded:
         o = self.observations[index]
-        encoded = self._processors.encode(np.asarray(o.state, np.float32), o.task)
-        executor = self._executor(len(encoded.tokens))
-        inputs = empty_inputs(executor.tape)
+        return self._processors.encode(np.asarray(o.state, np.float32), o.task)
+
+    def _inputs(self, index: int, tape: Tape, encoded: Encoded) -> Arrays:
+        """An observation in the inputs of a tape, with the same noise every time."""
+        self.proceed()
+        o = self.observations[index]
+        inputs = empty_inputs(tape)
         noise = np.random.default_rng([0, index]).standard_normal(inputs["actions"].shape, np.float32)
         names = self._processors.rename_map
         images = {names.get(name, name): image for name, image in o.images.items()}
@@ -158,15 +143,23 @@ class Runner:
             [images.get(camera) for camera in self.ckpt.cameras], encoded.state, encoded.tokens, noise
         )
         fill_inputs(inputs, self._model, self._sizes, seen)
-        executor.scales = scales
-        executor.observe = None if observe is None else partial(_seen_rows, inputs["blocks"], observe)
-        model = executor.run(inputs)["actions"].astype(np.float32)
-        executor.observe = None
-        robot = self._processors.decode(model, np.asarray(o.state, np.float32))
+        return inputs
+
+    def _actions(self, index: int, model: npt.NDArray[np.float32], noise: npt.NDArray[Any]) -> Actions:
+        """What came out for an observation, from `noise`."""
         if not np.isfinite(model).all():
             raise EngineError(f"calibrate: observation {index}: the policy's actions are not finite")
+        robot = self._processors.decode(model, np.asarray(self.observations[index].state, np.float32))
         columns = slice(self.ckpt.action_dim)
         return Actions(model[:, columns].astype(float), noise[:, columns].astype(float), robot.astype(float))
+
+    def run(self, index: int, scales: Scales | None = None) -> Actions:
+        """The actions of an observation, from the same noise whatever `scales` are; None for bfloat16."""
+        raise NotImplementedError
+
+    def magnitudes(self, indices: Sequence[int]) -> Magnitudes:
+        """Of some observations, of the rows that some query sees."""
+        raise NotImplementedError
 
     def plain(self, index: int) -> Actions:
         """The actions of an observation in bfloat16, computed once."""
@@ -177,14 +170,6 @@ class Runner:
     def errors(self, indices: Sequence[int], scales: Scales) -> Errors:
         """How far fp8 with these scales is from bfloat16 on some observations."""
         return errors_of([(self.plain(i), self.run(i, scales)) for i in indices])
-
-    # ------------------------------------------------------------------------------------------------- calibration
-    def magnitudes(self, indices: Sequence[int]) -> Magnitudes:
-        """Of some observations."""
-        found = Magnitudes(self.tape)
-        for i in indices:
-            self._plain[i] = self.run(i, observe=found.observe)
-        return found
 
     def calibrate(self, *, kept: Sequence[str] = ()) -> Scales:
         """Scales from the observations, and the errors they leave. kept: keys of what stays in bfloat16."""
@@ -199,6 +184,54 @@ class Runner:
         scales = replace(scales, bf16=tuple(kept))
         of_unseen = self.errors(unseen, scales) if unseen else None
         return replace(scales, seen=self.errors(seen, scales), unseen=of_unseen)
+
+
+class Runner(Calibration):
+    """On the reference executor. device: "reference" or "reference:cuda". Raises EngineError where PyTorch is
+    missing."""
+
+    def __init__(self, ckpt: Checkpoint, observations: Sequence[Observation], *, device: str) -> None:
+        name, _, self._place = device.partition(":")
+        if name != "reference":
+            raise EngineError(
+                f"calibrate: device: expected reference or reference:cuda, got {device!r}: it observes every operation"
+            )
+        try:
+            import vla_infer.reference as reference
+        except ModuleNotFoundError as error:
+            raise EngineError(f"the reference executor needs {error.name}; pip install torch") from None
+        self._reference = reference
+        self._executors: dict[int, ReferenceExecutor] = {}
+        super().__init__(ckpt, observations)
+
+    def _executor(self, tokens: int) -> ReferenceExecutor:
+        bucket = next(b for b in prompt_buckets(self._processors.max_tokens) if tokens <= b)
+        if bucket not in self._executors:
+            like = next(iter(self._executors.values()), None)
+            self._executors[bucket] = self._reference.ReferenceExecutor(
+                self._tape(bucket), weight_reader(self.ckpt), "bf16", device=self._place or "cpu", like=like
+            )
+        return self._executors[bucket]
+
+    def run(
+        self, index: int, scales: Scales | None = None, observe: Callable[[Op, Torch], None] | None = None
+    ) -> Actions:
+        """As `Calibration.run`. observe: see `ReferenceExecutor`; it is called for operations in the prefix with the
+        rows that some query sees."""
+        encoded = self._encoded(index)
+        executor = self._executor(len(encoded.tokens))
+        inputs = self._inputs(index, executor.tape, encoded)
+        executor.scales = scales
+        executor.observe = None if observe is None else partial(_seen_rows, inputs["blocks"], observe)
+        model = executor.run(inputs)["actions"].astype(np.float32)
+        executor.observe = None
+        return self._actions(index, model, inputs["actions"])
+
+    def magnitudes(self, indices: Sequence[int]) -> Magnitudes:
+        found = Magnitudes(self.tape)
+        for i in indices:
+            self._plain[i] = self.run(i, observe=found.observe)
+        return found
 
     def layers(self, scales: Scales, *, most: int = 8) -> dict[str, Errors]:
         """What each product adds alone, all others being in bfloat16, over up to `most` observations, spread evenly;
@@ -219,9 +252,11 @@ def split(count: int) -> tuple[range, range]:
     return range(first), range(first, count)
 
 
+def seen_rows(op: Op, blocks: npt.NDArray[Any], rows: int) -> npt.NDArray[np.intp] | slice:
+    """Which rows of a left operand count. Rows of the prefix that are padding, or of a camera that is missing, are
+    computed but seen by no query: what they hold must not widen a scale."""
+    return np.flatnonzero(blocks[:rows, 0] != UNSEEN) if op.stage == "prefix" else slice(None)
+
+
 def _seen_rows(blocks: npt.NDArray[Any], observe: Callable[[Op, Torch], None], op: Op, x: Torch) -> None:
-    """Rows of the prefix that are padding, or of a camera that is missing, are computed but seen by no query: what
-    they hold must not widen a scale."""
-    if op.stage == "prefix":
-        x = x[..., np.flatnonzero(blocks[: x.shape[-2], 0] != UNSEEN), :]
-    observe(op, x)
+    observe(op, x[..., seen_rows(op, blocks, x.shape[-2]), :])

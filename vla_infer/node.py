@@ -25,6 +25,7 @@ from .contract import Contract, load_contract
 from .doctor import FAIL
 from .errors import ObservationError
 from .failsafe import Level
+from .first_observations import calibrating
 from .frame import FrameBuffer
 from .heap import keep_heap, set_aside
 from .node_assembly import JOIN, Running, Surroundings, assemble
@@ -138,8 +139,9 @@ class VlaNode(LifecycleNode):  # type: ignore[misc]  # rclpy's classes have no u
     def _configure(self, settings: Settings) -> Running:
         contract = load_contract(settings.contract)
         self.get_logger().info(f"loading {settings.policy} for {settings.device} in {settings.precision}")
+        load = calibrating(self._policy_loader, settings.calibrate_first, self.get_logger().warning)
         policy = run_interruptible(
-            lambda: self._policy_loader(
+            lambda: load(
                 settings.policy,
                 device=settings.device,
                 precision=settings.precision,

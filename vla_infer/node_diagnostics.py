@@ -41,7 +41,7 @@ def describe_running(running: Running, counts: dict[str, int], clock: NodeClock)
         _observations(running, counts, clock),
         _inference(running, counts),
         _control(running, counts),
-        _status("policy", DiagnosticStatus.OK, running.info.family, _fields(running.info)),
+        _status("policy", DiagnosticStatus.OK, running.info.family, _fields(running.worker.policy_info)),
     ]
 
 

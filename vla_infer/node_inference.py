@@ -63,6 +63,11 @@ class Inference:
         self.last_error = ""
         self._began: float | None = None  # s, steady clock: since when the policy has been busy
 
+    @property
+    def policy_info(self) -> Any:
+        """What the policy is now (`PolicyInfo`): its precision may change, see `first_observations`."""
+        return self._policy.info
+
     def enable(self) -> None:
         self._enabled = True
         self.wake()

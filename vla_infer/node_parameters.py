@@ -39,6 +39,13 @@ PARAMETERS = (
         "precision", "fp32", "Precision of the weights and products", "fp32, bf16, int8 (CPU) or fp8 (CUDA)"
     ),
     Parameter(
+        "calibrate_first",
+        0,
+        "Observations to calibrate precision fp8 on where the policy has no fp8.json, in bf16 until then; 0: refuse",
+        low=0,
+        high=1024,
+    ),
+    Parameter(
         "num_steps", 0, "Denoising steps of one inference; 0: as the checkpoint says", low=0, high=1000
     ),
     Parameter("threads", 0, "CPU threads of the engine; 0: its own choice", low=0, high=1024),
@@ -73,6 +80,7 @@ class Settings:
     contract: str
     device: str
     precision: str
+    calibrate_first: int
     num_steps: int
     threads: int
     control_rate: float

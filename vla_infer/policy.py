@@ -189,6 +189,8 @@ class Policy:
     def close(self) -> None:
         """Give the engine's memory back; a call of `predict` that is under way ends first."""
         with self._lock:
+            if self._engine is not None:
+                self._engine.programs.clear()  # they hold it: its memory would wait for the garbage collector
             self._programs = []
             self._engine = None
 

@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="fp32", help="fp32, bf16, int8 (CPU) or fp8 (cuda) (default: fp32)"
     )
+    parser.add_argument(
+        "--calibrate-first",
+        type=int,
+        help="observations to calibrate precision fp8 on where the policy has no fp8.json (default: 0, refuse)",
+    )
     parser.add_argument("--num-steps", type=int, help="denoising steps (default: the checkpoint's)")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine (default: its own choice)")
     parser.add_argument("--control-rate", type=float, help="commands a second (default: the contract's)")
@@ -37,6 +42,7 @@ def ros_arguments(args: argparse.Namespace) -> list[str]:
         "contract": args.contract,
         "device": args.device,
         "precision": args.precision,
+        "calibrate_first": args.calibrate_first,
         "num_steps": args.num_steps,
         "threads": args.threads,
         "control_rate": args.control_rate,
