@@ -310,6 +310,66 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         second.trainer.load(tmp_path / "state", second.batches)
 
 
+def test_saved_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --save-minutes the policy on disk is whole, and a state beside it, before training has ended."""
+    data = demonstrations()
+    prepare(tmp_path / "data", data.recipe)
+    write_shard(tmp_path / "data", 0, np.concatenate(data.frames), data.rows)
+    monkeypatch.setattr("vla_infer.training.__main__.PRESETS", {"micro": MICRO})
+    policy, steps = tmp_path / "policy", []
+    save = Trainer.save
+
+    def saved(self: Trainer, path: Path, batches: Batches) -> None:
+        if steps:  # what the one before left
+            record = json.loads((policy / "training.json").read_text())
+            assert (record["steps"], record["finished"]) == (steps[-1], False)
+            load_policy(policy, device="reference", max_image=(16, 16)).close()
+        steps.append(self.step)
+        save(self, path, batches)
+
+    monkeypatch.setattr(Trainer, "save", saved)
+    words = [
+        "train",
+        str(tmp_path / "data"),
+        str(policy),
+        "--preset",
+        "micro",
+        "--steps",
+        "4",
+        "--batch",
+        "4",
+    ]
+    words += ["--save-minutes", "0"]
+    assert training([*words, "--call-minutes", "0"]) == 3
+    assert training(words) == 0
+    assert steps == [1, 2, 3, 4]
+    assert json.loads((policy / "training.json").read_text())["finished"]
+
+
+def test_shares_make_every_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from vla_infer.training import demonstrate
+
+    made: list[int] = []
+
+    def make(folder: Path, recipe: Recipe, shard: int) -> demonstrate.Progress:
+        made.append(shard)
+        return demonstrate.Progress(done=1)
+
+    monkeypatch.setattr(demonstrate, "_make_shard", make)
+    monkeypatch.setattr(
+        demonstrate, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count)
+    )
+    recipe = demonstrations().recipe
+    for part, count in ((0, 3), (1, 2)):
+        total = demonstrate.make_demonstrations(tmp_path, recipe, episodes=125, workers=2, share=(part, 2))
+        assert (total.done, total.shards) == (count, count)
+    assert sorted(made) == [0, 1, 2, 3, 4]
+    with pytest.raises(SystemExit):
+        training(["demonstrate", str(tmp_path), "--share", "2/2"])
+
+
 def test_shards_come_back_and_belong_to_one_recipe(tmp_path: Path) -> None:
     data = demonstrations()
     with pytest.raises(TrainingError, match="recipe"):

@@ -147,7 +147,9 @@ class ReferenceExecutor:
             values = inputs[name]
             if values.shape[-2:] != (t.rows, t.cols):
                 values = values.reshape(t.rows, t.cols)
-            self.memory[t.buffer.id] = values.to(self.device, self._dtype(t.dtype))
+            # Geometry is read on the host: from the device it would have to be waited for.
+            device = "cpu" if name == "geometry" else self.device
+            self.memory[t.buffer.id] = values.to(device, self._dtype(t.dtype))
         body = [op for op in self.tape.ops if not op.at_load]
         first = next((i for i, op in enumerate(body) if op.loop), len(body))
         last = len(body) - next((i for i, op in enumerate(reversed(body)) if op.loop), len(body))

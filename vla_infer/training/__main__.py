@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     demonstrate.add_argument("--seed", type=int, default=0, help="of the first scene (default: 0)")
     demonstrate.add_argument("--stride", type=int, default=2, help="policy steps between observations")
     demonstrate.add_argument("--workers", type=int, help="processes (default: one a processor)")
+    demonstrate.add_argument(
+        "--share",
+        type=_share,
+        default=(0, 1),
+        metavar="I/N",
+        help="make the I-th of N parts, from 0: several calls at once then fill one folder (default: 0/1)",
+    )
     train = verbs.add_parser("train", help="train a policy on demonstrations")
     train.set_defaults(run=_train)
     train.add_argument("data", type=Path, help="folder of the demonstrations")
@@ -69,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu", help="as torch names it: cpu, cuda (default: cpu)")
     train.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    train.add_argument(
+        "--save-minutes",
+        type=float,
+        default=math.inf,
+        help="save state and policy this often (default: at the end)",
+    )
     card = verbs.add_parser("card", help="print a model card")
     card.set_defaults(run=_card)
     card.add_argument("policy", type=Path)
@@ -76,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (demonstrate, train):
         verb.add_argument("--call-minutes", type=float, default=math.inf, help="of this call, at most")
     return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    """I/N of the command line."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"'{text}': expected I/N with 0 <= I < N, such as 0/2")
+    return int(part), int(parts)
 
 
 def _demonstrate(options: argparse.Namespace) -> int:
@@ -100,6 +121,7 @@ def _demonstrate(options: argparse.Namespace) -> int:
         recipe,
         episodes=options.episodes,
         workers=options.workers or default_workers(),
+        share=options.share,
         seconds=60 * options.call_minutes,
         report=report,
     )
@@ -151,12 +173,15 @@ def _train(options: argparse.Namespace) -> int:
             flush=True,
         )
 
-    left = 60 * options.call_minutes - (time.monotonic() - began)
-    trainer.run(batches, seconds=left, every=50 if options.device == "cpu" else 100, report=report)
-    trainer.save(state, batches)
-    size = _save(options.policy, trainer, demonstrations, options)
-    print(f"{options.policy}: {size / 1e6:.1f} MB after {trainer.step} steps", flush=True)
-    return 0 if trainer.done else 3
+    until = began + 60 * options.call_minutes
+    while True:
+        left = min(until - time.monotonic(), 60 * options.save_minutes)
+        trainer.run(batches, seconds=left, every=50 if options.device == "cpu" else 100, report=report)
+        trainer.save(state, batches)
+        size = _save(options.policy, trainer, demonstrations, options)
+        print(f"{options.policy}: {size / 1e6:.1f} MB after {trainer.step} steps", flush=True)
+        if trainer.done or time.monotonic() >= until:
+            return 0 if trainer.done else 3
 
 
 def _card(options: argparse.Namespace) -> int:
@@ -204,7 +229,9 @@ def _save(policy: Path, trainer: Any, demonstrations: Demonstrations, options: a
         "torch": torch.__version__,
         "history": trainer.history,
     }
-    (policy / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    part = policy / "training.json.part"
+    part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    part.replace(policy / "training.json")  # whoever copies the policy meanwhile gets a whole one
     return size
 
 

@@ -156,16 +156,19 @@ def make_demonstrations(
     *,
     episodes: int,
     workers: int,
+    share: tuple[int, int] = (0, 1),
     seconds: float = float("inf"),
     report: Callable[[Progress], None] = lambda _: None,
 ) -> Progress:
     """Write shards of at least `episodes` scenes to `folder`; those that are there already are kept.
 
+    share: (i, n): only the i-th of every n shards; other calls, at the same time, make the others.
     seconds: start no more shards after so long, so that a call that ends early is resumed by the next.
     """
     prepare(folder, recipe)
-    shards = -(-episodes // EPISODES)
-    waiting = [shard for shard in range(shards) if not rows_path(folder, shard).exists()]
+    mine = range(share[0], -(-episodes // EPISODES), share[1])
+    shards = len(mine)
+    waiting = [shard for shard in mine if not rows_path(folder, shard).exists()]
     total = Progress(done=shards - len(waiting), shards=shards)
     until = time.monotonic() + seconds
     # A fresh interpreter for each: OpenGL contexts and threads do not survive a fork.

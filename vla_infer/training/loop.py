@@ -91,10 +91,12 @@ class Trainer:
         every: int = 100,
         report: Callable[[Report], None] = lambda _: None,
     ) -> None:
-        """Train until the plan's end, or for `seconds` of this call; `report` is called every so many steps."""
+        """Train until the plan's end, or for `seconds` of this call but a step at least; `report` is called every
+        so many steps."""
         started, before = time.monotonic(), self.seconds
         told, sums = (time.monotonic(), self.step), torch.zeros(3, device=self._objective.device)
-        while not self.done and time.monotonic() - started < seconds:
+        begun_at = self.step
+        while not self.done and (self.step == begun_at or time.monotonic() - started < seconds):
             sums += self.advance(batches)
             self.seconds = before + time.monotonic() - started
             if self.step % every == 0 or self.done:

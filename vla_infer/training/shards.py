@@ -70,7 +70,9 @@ def prepare(folder: Path, recipe: Recipe) -> None:
     path = folder / _RECIPE
     if path.exists() and read_recipe(folder) != recipe:
         raise TrainingError(f"{path}: holds demonstrations of another recipe: name another folder")
-    path.write_text(json.dumps(recipe.document(), indent=2) + "\n", encoding="utf-8")
+    part = path.with_suffix(f".{os.getpid()}.part")  # of several calls at once none reads half of it
+    part.write_text(json.dumps(recipe.document(), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -125,6 +127,8 @@ def statistics(demonstrations: Demonstrations) -> dict[str, npt.NDArray[np.float
         wide = values.astype(np.float64)
         found = {"mean": wide.mean(0), "std": np.maximum(wide.std(0), _LEAST_SPREAD)}
         found |= {"min": wide.min(0), "max": wide.max(0)}
-        found |= {f"q{p:02d}": np.quantile(wide, p / 100, axis=0) for p in (1, 10, 90, 99)}
+        percents = (1, 10, 90, 99)
+        quantiles = np.quantile(wide, np.array(percents) / 100, axis=0)  # at once: each alone sorts all anew
+        found |= {f"q{p:02d}": row for p, row in zip(percents, quantiles, strict=True)}
         stats |= {f"{key}.{name}": value.astype(np.float32) for name, value in found.items()}
     return stats
