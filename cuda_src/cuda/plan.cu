@@ -54,8 +54,8 @@ struct Port {
 
 class CudaPlan final : public Plan {
  public:
-  CudaPlan(Script plan, const Context& context, std::vector<Known> what)
-      : context_(context), script_(std::move(plan)), known_(std::move(what)) {
+  CudaPlan(Script plan, const Context& context, std::vector<Known> what, std::unique_ptr<PersistentLoop> loop)
+      : context_(context), script_(std::move(plan)), known_(std::move(what)), loop_(std::move(loop)) {
     const Script& script = script_;
     const std::vector<Known>& known = known_;
     for (const View& v : script.inputs) inputs_.emplace_back(v);
@@ -68,9 +68,13 @@ class CudaPlan final : public Plan {
       enqueue(script.before, context, 0, at);
       at.first = true;  // what comes before the loop is done when any kernel of the loop begins: stable_keys
                         // rests on it
-      for (int step = 0; step < script.steps; ++step) {
-        at.parts = 0;
-        enqueue(script.body, context, step, at, known);
+      if (loop_) {
+        loop_->enqueue(context.stream);  // (and what follows waits for all of it)
+      } else {
+        for (int step = 0; step < script.steps; ++step) {
+          at.parts = 0;
+          enqueue(script.body, context, step, at, known);
+        }
       }
       at.parts = 0;
       enqueue(script.after, context, 0, at);
@@ -123,6 +127,7 @@ class CudaPlan final : public Plan {
       }
     }
     VLA_CHECK(cudaStreamSynchronize(context_.stream), "running");
+    if (loop_) loop_->check();
   }
 
  private:
@@ -149,6 +154,7 @@ class CudaPlan final : public Plan {
   Context context_;
   Script script_;
   std::vector<Known> known_;
+  std::unique_ptr<PersistentLoop> loop_;  // null: the loop is launched operation by operation
   std::vector<Port> inputs_, outputs_;
   cudaGraphExec_t graph_ = nullptr;
 };
@@ -213,7 +219,9 @@ std::vector<Known> look_at_loop(const Script& script, const Context& context, Po
 
 std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool) {
   std::vector<Known> known = look_at_loop(script, context, pool);
-  return std::make_unique<CudaPlan>(std::move(script), context, std::move(known));
+  std::unique_ptr<PersistentLoop> loop = persistent_loop(script, context, known, pool);
+  VLA_CHECK(cudaStreamSynchronize(context.stream), "packing for the persistent head");
+  return std::make_unique<CudaPlan>(std::move(script), context, std::move(known), std::move(loop));
 }
 
 }  // namespace vla::cuda

@@ -3,12 +3,17 @@
 
 #include <map>
 #include <memory>
+#include <tuple>
 
 #include "../device.h"
 #include "dispatch.h"
 #include "memory.h"
 
 namespace vla::cuda {
+
+// Weights in the layout of the persistent head, by their packed data and the phase's tile: prompt buckets
+// share them.
+using HeadWeights = std::map<std::tuple<const void*, int, int>, const uint16_t*>;
 
 struct Context {
   cudaStream_t stream = nullptr;
@@ -17,6 +22,7 @@ struct Context {
   size_t scratch_bytes = 0;
   float* squares = nullptr;  // Launch::squares
   const std::map<const void*, Layout>* layouts = nullptr;
+  HeadWeights* head_weights = nullptr;  // outlives the plans
 
   Launch launch(int step, bool pdl) const {
     return {.stream = stream,
@@ -55,6 +61,18 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
 // Seconds of each operation, `before`, `body` (all steps together) and `after`, from runs of the whole of
 // them.
 std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known);
+
+// The whole loop as one kernel (head/plan.cc).
+class PersistentLoop {
+ public:
+  virtual ~PersistentLoop() = default;
+  virtual void enqueue(cudaStream_t stream) = 0;
+  // After a run has ended: throws where a wait in the kernel was given up.
+  virtual void check() const = 0;
+};
+// nullptr where the loop is not one that the kernel can express, or the device not one that it runs on.
+std::unique_ptr<PersistentLoop> persistent_loop(const Script& script, const Context& context,
+                                                const std::vector<Known>& known, Pool& pool);
 
 // `pool` takes tables that live as long as the device.
 std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool);

@@ -71,7 +71,7 @@ std::vector<Region> written(const Table& t, const Phase& p) {
   if (p.squares_out)
     all.push_back({"squares", bytes_of(p.squares_out), size_t(64) * cuda::head::kSquareParts * 4, true});
   if (p.kind == Kind::kQkv && p.qkv.fresh_k) {
-    const size_t fresh = size_t(p.qkv.units[1]) * 16 * t.cluster * p.qkv.fresh_rows * 2;
+    const size_t fresh = size_t(p.qkv.units[1]) * 16 * cuda::head::kCluster * cuda::head::kFreshRows * 2;
     all.push_back({"k", bytes_of(p.qkv.fresh_k), fresh, false});
     all.push_back({"v", bytes_of(p.qkv.fresh_v), fresh, false});
   }
@@ -243,10 +243,9 @@ struct Suite {
   }
 
   void one(Head& head, const Sizes& s, const Settings& settings, int repetitions, bool first_of_all) {
-    const std::string name =
-        std::string(s.name) + ", clusters of " + std::to_string(settings.cluster) + " x " +
-        std::to_string(settings.clusters) + ", barrier " + std::to_string(settings.barrier) + ", units " +
-        std::to_string(settings.min_units) + ", slots " + std::to_string(settings.max_slots);
+    const std::string name = std::string(s.name) + ", " + std::to_string(settings.clusters) +
+                             " clusters, units " + std::to_string(settings.min_units) + ", slots " +
+                             std::to_string(settings.max_slots);
     if (const std::string why = head.build_table(settings); !why.empty()) {
       std::printf("%s: refused: %s\n", name.c_str(), why.c_str());
       ++refused;
@@ -282,8 +281,7 @@ struct Suite {
       report.require(name + ": nothing of a NaN stays", c.run(name) && c.actions() == first);
     }
     if (!good) c.blame();
-    if (settings.barrier == 0 && settings.min_units == 1 && settings.max_slots == cuda::head::kMaxSlots &&
-        !stuck) {
+    if (settings.min_units == 1 && settings.max_slots == cuda::head::kMaxSlots && !stuck) {
       packing(head);
     }
   }
@@ -291,15 +289,11 @@ struct Suite {
   int all() {
     cudaDeviceProp properties;
     TEST_CUDA(cudaGetDeviceProperties(&properties, 0));
-    std::printf("%s, %d multiprocessors; at once, clusters of", properties.name,
-                properties.multiProcessorCount);
-    std::map<int, int> held;
-    for (int cluster : {8, 7, 4}) {
-      held[cluster] = cuda::head::resident_clusters(cluster, cuda::head::kSharedOfBlock);
-      std::printf(" %d: %d", cluster, held[cluster]);
-    }
-    std::printf("\n");
-    report.require("clusters of 8, 7 or 4 blocks run here", held[8] + held[7] + held[4] > 0);
+    const int held = cuda::head::resident_clusters();
+    std::printf("%s, %d multiprocessors; %d clusters at once\n", properties.name,
+                properties.multiProcessorCount, held);
+    report.require("clusters of 8 blocks run here", held > 0);
+    if (held == 0) return 1;
     const Sizes sizes[] = {
         {"tiny, adaptive", 2, 96, 136, 2, 1, 64, 21, 10, 2, true, false, false},
         {"tiny, cross", 2, 80, 72, 3, 1, 64, 33, 17, 2, false, true, true},
@@ -314,26 +308,19 @@ struct Suite {
     for (const Sizes& s : sizes) {
       Head head(s);
       const int before = ran;
-      for (int cluster : {8, 7, 4}) {
-        Settings settings;
-        settings.cluster = cluster, settings.clusters = std::min(held[cluster], 132 / cluster);
-        if (settings.clusters == 0) {  // (that none of them runs fails below)
-          ++refused;
-          continue;
-        }
-        one(head, s, settings, quick ? 1 : 20, &s == sizes);
-        if (quick) continue;
+      Settings settings;
+      settings.clusters = held;
+      one(head, s, settings, quick ? 1 : 20, &s == sizes);
+      if (!quick) {
         Settings other = settings;
-        other.barrier = 1;
-        while (cluster * other.clusters % 4 != 0) --other.clusters;  // flags are read by fours
-        one(head, s, other, 20, false);
-        if (s.width > 128) continue;
-        other = settings, other.min_units = 2;
+        other.clusters = held - 1;
         one(head, s, other, 3, false);
-        other = settings, other.max_slots = 3;
-        one(head, s, other, 3, false);
-        other = settings, other.clusters = settings.clusters - 1;
-        one(head, s, other, 3, false);
+        if (s.width <= 128) {
+          other = settings, other.min_units = 2;
+          one(head, s, other, 3, false);
+          other = settings, other.max_slots = 3;
+          one(head, s, other, 3, false);
+        }
       }
       report.require(std::string(s.name) + ": some table can express it here", ran > before);
       if (stuck) break;  // every variant of these sizes has had its turn; the others would not say more

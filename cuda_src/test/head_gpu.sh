@@ -11,7 +11,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 flags="-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -lineinfo -I."
 jobs=""
-for f in cuda/head/kernel_8.cu cuda/head/kernel_7.cu cuda/head/kernel_4.cu cuda/head/kernel.cu cuda/head/build.cc \
+for f in cuda/head/kernel.cu cuda/head/build.cc \
   cuda/small/pack.cu cuda/small/linear.cu cuda/small/rotate.cu cuda/small/product_sm90.cu cuda/small/product.cu \
   cuda/small/attention.cu cuda/large/tensor_map.cc test/head_check.cu test/head_persist_time.cu; do
   o="$out/$(echo "$f" | tr / _).o"

@@ -140,9 +140,9 @@ class Persistent {
 };
 
 std::string name_of(const Settings& s) {
-  return std::to_string(s.clusters) + " clusters of " + std::to_string(s.cluster) + ", barrier " +
-         std::to_string(s.barrier) + ", units " + std::to_string(s.min_units) + ", slots " +
-         std::to_string(s.max_slots);
+  return std::to_string(s.clusters) + " clusters, units " + std::to_string(s.min_units) + ", slots " +
+         std::to_string(s.max_slots) + ", stages of " +
+         (s.stage ? std::to_string(s.stage / 1024) + " KB" : "its own choice");
 }
 
 }  // namespace
@@ -159,13 +159,8 @@ int main(int argc, char** argv) {
   TEST_CUDA(cudaStreamCreateWithFlags(&at.stream, cudaStreamNonBlocking));
   at.sms = properties.multiProcessorCount, at.arch = properties.major * 10 + properties.minor;
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what was printed before a time limit is not lost
-  std::map<int, int> held;
-  std::printf("%s, %d multiprocessors; at once, clusters of", properties.name, at.sms);
-  for (int cluster : {8, 7, 4}) {
-    held[cluster] = vla::cuda::head::resident_clusters(cluster, vla::cuda::head::kSharedOfBlock);
-    std::printf(" %d: %d", cluster, held[cluster]);
-  }
-  std::printf("\n");
+  const int held = vla::cuda::head::resident_clusters();
+  std::printf("%s, %d multiprocessors; %d clusters at once\n", properties.name, at.sms, held);
   bool good = true;
   std::string table;
   for (const Sizes& s : kLoops) {
@@ -178,18 +173,12 @@ int main(int argc, char** argv) {
     std::printf("  today's kernels: p50 %.1f p99 %.1f us, %zu launches\n", median(today), part(today, 0.99),
                 head.launches());
     std::vector<Settings> variants;
-    for (int cluster : {8, 7, 4}) {
-      Settings v;
-      v.cluster = cluster, v.clusters = std::min(held[cluster], 132 / cluster);
-      if (v.clusters == 0) continue;
-      variants.push_back(v);
-      v.barrier = 1;
-      variants.push_back(v);
-      if (!all) continue;
-      v.barrier = 0, v.min_units = 2;
-      variants.push_back(v);
-      v.min_units = 1, v.max_slots = 6;
-      variants.push_back(v);
+    Settings v;
+    v.clusters = held;
+    variants.push_back(v);
+    for (int stage : {8192, 16384, 20480, 24576}) {
+      v.stage = stage;
+      if (all) variants.push_back(v);
     }
     float best = INFINITY;
     Settings chosen;

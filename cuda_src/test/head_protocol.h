@@ -62,8 +62,8 @@ struct Until {
 };
 
 struct Cta {
-  Mbarrier full[kMaxSlots], empty[kMaxSlots], x_full[kMaxChunks], keys[2], free_x, sums[2];
-  std::vector<Cell> memory;  // x's part
+  Mbarrier full[kMaxSlots], empty[kMaxSlots], x_full, keys[2], free_x, sums[3];
+  std::vector<Cell> memory;  // x's part and what is exchanged
   std::vector<int64_t> slot_tag = std::vector<int64_t>(kMaxSlots, -1);
   int done = 0;  // roles at the end of the kernel
 };
@@ -72,9 +72,9 @@ class Play {
  public:
   Play(const Table& t, unsigned seed) : t_(t), random_(seed), ctas_(t.ctas), flags_(t.ctas, 0) {
     for (Cta& c : ctas_) {
-      c.memory.resize(t.x_bytes / 1024);
+      c.memory.resize((t.x_bytes + kExchange) / 1024);
       for (Mbarrier& b : c.empty) b.count = b.pending = 4;
-      c.free_x.count = c.free_x.pending = 4;
+      c.free_x.count = c.free_x.pending = kConsumers / 32;
     }
   }
 
@@ -126,7 +126,7 @@ class Play {
   };
   void send(int cta, int at, int bytes, int64_t tag, Mbarrier& barrier) {
     Late l{cta, at / 1024, (at + bytes - 1) / 1024, tag, &barrier, bytes};
-    if (at + bytes > t_.x_bytes) throw Wrong{"a copy past the end of x's part"};
+    if (at + bytes > t_.x_bytes + kExchange) throw Wrong{"a copy past the end of x's part"};
     for (int i = l.first; i <= l.last; ++i) {
       Cell& c = ctas_[cta].memory[i];
       if (c.readers > 0) throw Wrong{"a copy over what is being read, tag " + std::to_string(tag)};
@@ -187,7 +187,7 @@ class Play {
     for (int step = 0; step < t_.steps; ++step)
       for (int i = 0; i < t_.phases; ++i) {
         const Phase& p = t_.phase[i];
-        const Share s = share_of(p, cta, t_.cluster);
+        const Share s = share_of(p, cta);
         for (int c = s.first; c < s.last; c += p.stage_chunks) {
           const int bytes = std::min(p.stage_chunks, s.last - c) * p.tile_rows * kChunkBytes;
           if (bytes > t_.stage) throw Wrong{"a stage that is larger than a slot"};
@@ -204,28 +204,30 @@ class Play {
 
   Agent loader(int cta) {
     Cta& me = ctas_[cta];
-    const int C = t_.cluster, rank = cta % C, first = cta - rank, R = t_.rows, pieces = pieces_of(R);
+    const int C = kCluster, rank = cta % C, first = cta - rank, R = t_.rows, pieces = pieces_of(R);
     int free_parity = 0;
     for (int step = 0; step < t_.steps; ++step)
       for (int i = 0; i < t_.phases; ++i) {
         const int g = 1 + step * t_.phases + i;
         const Phase& p = t_.phase[i];
-        const bool busy = is_busy(p, cta, R, C);
+        const bool busy = is_busy(p, cta, R);
         const auto spread = [&](int to, int chunks, bool one) {
           for (int n = rank; n < chunks * pieces; n += C) {
             const int c = n / pieces, part = n % pieces,
                       at = to + (c * R + piece_first(R, part)) * kChunkBytes;
             for (int k = first; k < first + C; ++k)
               send(k, at, piece_rows(R, part) * kChunkBytes, tag(g, one ? 500 : c),
-                   one ? ctas_[k].keys[1] : ctas_[k].x_full[c]);
+                   one ? ctas_[k].keys[1] : ctas_[k].x_full);
           }
         };
         if (p.kind == Kind::kAttention) {
           const AttentionPart& a = p.attention;
           const int copied = p.chunks + a.columns, each = key_rows(a) * kChunkBytes;
           if (busy) {
-            co_await wait(me.free_x, free_parity);
-            free_parity ^= 1;
+            if (is_busy(t_.phase[i - 1], cta, R)) {
+              co_await wait(me.free_x, free_parity);
+              free_parity ^= 1;
+            }
             me.keys[0].expect(copied * a.prefix_rows * kChunkBytes);
             for (int c = 0; c < copied && a.prefix_rows; ++c)
               send(cta, c * each, a.prefix_rows * kChunkBytes, tag(g, 400), me.keys[0]);
@@ -240,13 +242,13 @@ class Play {
           }
         } else {
           co_await until([this, g] { return passed(g); });
-          const int slots = arriving(p, cta, C);
-          for (int c = 0; c < slots; ++c) me.x_full[c].expect(R * kChunkBytes);
+          const int slots = arriving(p, cta);
+          if (slots > 0) me.x_full.expect(slots * R * kChunkBytes);
           if (slots > 0 && is_spread(p)) {
             spread(0, slots, false);
           } else {
             for (int c = 0; c < slots; ++c)
-              send(cta, c * R * kChunkBytes, R * kChunkBytes, tag(g, c), me.x_full[c]);
+              send(cta, c * R * kChunkBytes, R * kChunkBytes, tag(g, c), me.x_full);
           }
         }
         if (!busy) report(cta, g);
@@ -254,25 +256,38 @@ class Play {
     ++me.done;
   }
 
+  // What is exchanged is written and read within a phase: by whom is a tag.
+  void mark(int cta, int at, int bytes, int64_t tag) {
+    for (int i = at / 1024; i <= (at + bytes - 1) / 1024; ++i) {
+      Cell& c = ctas_[cta].memory[i];
+      if (c.readers > 0 || c.writers > 0) throw Wrong{"writing what is in use, tag " + std::to_string(tag)};
+      c.tag = tag;
+    }
+  }
+  // Both warpgroups (or `count`) have come.
+  struct Meeting {
+    int here = 0, turn = 0;
+  };
+  Until meet(int cta, int count) {
+    Meeting& m = meetings_[cta];
+    const int turn = m.turn;
+    if (++m.here == count) m.here = 0, ++m.turn;
+    return until([&m, turn] { return m.turn != turn; });
+  }
+
   Agent consumer(int cta, int group) {
     Cta& me = ctas_[cta];
-    const int C = t_.cluster, rank = cta % C, R = t_.rows, first = cta - rank;
-    int slot = 0, parity = 0, sums_parity = 0, keys_parity = 0;
-    unsigned x_parity = 0;
+    const int C = kCluster, rank = cta % C, R = t_.rows, first = cta - rank;
+    int slot = 0, parity = 0, sums_parity = 0, split_parity = 0, keys_parity = 0;
+    int x_parity = 0;
+    const auto skip = [&](int& s, int& its, int count) {
+      for (s += count; s >= t_.slots; s -= t_.slots) its ^= 1;
+    };
     if (group == 0) report(cta, 0);
-    const auto receive = [&](int g, int sources, int columns, bool stats) {  // what this group sends
-      (void)sources;
-      const int at = t_.receive + group * kReceive;
-      for (int owner = 0; owner < C; ++owner) {
-        int owned = 0;  // as send_sums counts them, not as the owner does
-        for (int row_group = 0; row_group < 8; ++row_group)
-          owned += row_group * 8 < R && row_group / groups_each(C) == owner;
-        if (owned == 0) continue;
-        const int bytes = owned * 8 * (columns * 4 + (stats ? 8 : 0));
-        const int from = receive_unit(rank, 0, 0, 0, columns / 8, C) * 16;
+    const auto receive = [&](int g, int at, int64_t bytes, int which) {  // what this group sends
+      for (int owner = 0; owner * 8 < R; ++owner) {
         // (cells are coarser than what is sent: the sources share them, the tag is the phase's)
-        send(first + owner, at + from / 1024 * 1024, 1, tag(g, 900 + group),
-             ctas_[first + owner].sums[group]);
+        send(first + owner, at / 1024 * 1024, 1, tag(g, 900 + which), ctas_[first + owner].sums[which]);
         late_.back().bytes = bytes;
       }
     };
@@ -280,16 +295,15 @@ class Play {
       for (int i = 0; i < t_.phases; ++i) {
         const Phase& p = t_.phase[i];
         const int g = 1 + step * t_.phases + i;
-        const bool frees = group == 0 && p.kind == Kind::kQkv && is_busy(t_.phase[i + 1], cta, R, C);
-        if (!is_busy(p, cta, R, C)) {
-          for (int k = 0; frees && k < 4; ++k) me.free_x.arrive();
-          continue;
-        }
-        const int owned = owned_groups(R, rank, C);
+        const bool frees = p.kind == Kind::kQkv && is_busy(t_.phase[i + 1], cta, R);
+        if (!is_busy(p, cta, R)) continue;
+        const bool owner = owns(R, rank);
         if (p.kind == Kind::kAttention) {
           const AttentionPart& a = p.attention;
           if (group >= a.columns) continue;
-          if (owned > 0) me.sums[group].expect(C * owned * 8 * (64 * 4 + 8));
+          const int octets = a.columns > 2 ? 16 : 8, groups = std::min(a.columns, 2);
+          const int exchange = t_.x_bytes + group * kReceive;
+          if (owner) me.sums[group].expect(C * 8 * (octets * 16 + 8));
           co_await wait(me.keys[0], keys_parity);
           co_await wait(me.keys[1], keys_parity);
           keys_parity ^= 1;
@@ -306,73 +320,77 @@ class Play {
             if (fresh) end_read(cta, c * each + old, fresh);
           }
           end_read(cta, queries_at(p), p.chunks * R * kChunkBytes);
-          receive(g, C, 64, true);
-          if (owned > 0) {
+          receive(g, exchange, 8 * (octets * 16 + 8), group);
+          if (owner) {
             co_await wait(me.sums[group], sums_parity);
             sums_parity ^= 1;
+            begin_read(cta, exchange / 1024 * 1024, 1, tag(g, 900 + group));
+            co_await until([] { return true; });
+            end_read(cta, exchange / 1024 * 1024, 1);
           }
-          // the barrier of both warpgroups
-          int& together = meeting(cta);
-          ++together;
-          const int meet = a.columns;
-          if (group == 0) {
-            co_await until([&together, meet] { return together == meet; });
-            together = 0;
-            report(cta, g);
-          } else {
-            co_await until([&together] { return together == 0; });
-          }
+          co_await meet(cta, groups);
+          if (group == 0) report(cta, g);
           continue;
         }
-        if (group != 0) continue;
-        const Share s = share_of(p, cta, C);
-        const int arrive = arriving(p, cta, C);
-        if (is_split(p) && owned > 0)
-          me.sums[0].expect(int64_t(senders(p)) * owned * 8 * split_columns(C) * 4);
-        if (s.count() > 0) {
-          int before = -1;
-          for (int c = s.first; c < s.last;) {
-            co_await wait(me.full[slot], parity);
-            if (me.slot_tag[slot] != (int64_t(step) * t_.phases + i) * 100 + c)
-              throw Wrong{"weights of another stage"};
-            for (const int end = std::min(c + p.stage_chunks, s.last); c < end; ++c) {
-              const int x = c - s.first;
-              co_await wait(me.x_full[x], x_parity >> x & 1);
-              begin_read(cta, x * R * kChunkBytes, R * kChunkBytes, tag(g, is_spread(p) ? c : x));
-            }
-            if (before >= 0)
-              for (int k = 0; k < 4; ++k) me.empty[before].arrive();
-            before = slot;
-            if (++slot == t_.slots) slot = 0, parity ^= 1;
+        const Share s = share_of(p, cta);
+        const int arrive = arriving(p, cta), stages = divide_up(s.count(), p.stage_chunks);
+        int at = slot, its = parity;
+        const int turns = is_split(p) ? 1 : 2;  // warpgroups that multiply
+        if (turns == 2) skip(at, its, group);
+        skip(slot, parity, stages);
+        if (is_split(p) && owner && group == 0) me.sums[2].expect(int64_t(senders(p)) * 8 * p.tile_rows * 4);
+        if (arrive > 0) {
+          co_await wait(me.x_full, x_parity);
+          x_parity ^= 1;
+        }
+        int before = -1;
+        std::vector<int> read;
+        for (int stage = group; stage < (group < turns ? stages : 0); stage += turns) {
+          co_await wait(me.full[at], its);
+          const int from = stage * p.stage_chunks;
+          if (me.slot_tag[at] != (int64_t(step) * t_.phases + i) * 100 + s.first + from)
+            throw Wrong{"weights of another stage"};
+          for (int x = from; x < std::min(from + p.stage_chunks, s.count()); ++x) {
+            begin_read(cta, x * R * kChunkBytes, R * kChunkBytes, tag(g, x));
+            read.push_back(x);
           }
+          if (before >= 0)
+            for (int k = 0; k < 4; ++k) me.empty[before].arrive();
+          before = at;
+          skip(at, its, turns);
+        }
+        if (before >= 0)
           for (int k = 0; k < 4; ++k) me.empty[before].arrive();
-          for (int c = 0; c < s.count(); ++c) end_read(cta, c * R * kChunkBytes, R * kChunkBytes);
-        } else {
-          for (int c = 0; c < arrive; ++c) co_await wait(me.x_full[c], x_parity >> c & 1);
-        }
-        x_parity ^= (1u << arrive) - 1;
+        for (const int x : read) end_read(cta, x * R * kChunkBytes, R * kChunkBytes);
         for (int k = 0; frees && k < 4; ++k) me.free_x.arrive();
-        if (is_split(p)) {
-          if (s.count() > 0) receive(g, senders(p), split_columns(C), false);
-          if (owned > 0) {
-            co_await wait(me.sums[0], sums_parity);
-            sums_parity ^= 1;
-          }
+        if (s.count() > 0 && !is_split(p)) {
+          // each writes for the other: both tags are this phase's
+          const int bytes = kConsumers * p.tile_rows;
+          mark(cta, t_.x_bytes, bytes, tag(g, 800));
+          co_await meet(cta, 2);
+          begin_read(cta, t_.x_bytes, bytes, tag(g, 800));
+          co_await until([] { return true; });
+          end_read(cta, t_.x_bytes, bytes);
         }
-        co_await until([] { return true; });
-        report(cta, g);
+        if (s.count() > 0 && is_split(p) && group == 0) receive(g, receive_at(t_), 8 * p.tile_rows * 4, 2);
+        if (is_split(p) && owner) {
+          co_await wait(me.sums[2], split_parity);
+          split_parity ^= 1;
+          begin_read(cta, receive_at(t_), 1, tag(g, 902));
+          co_await until([] { return true; });
+          end_read(cta, receive_at(t_), 1);
+        }
+        co_await meet(cta, 2);
+        if (group == 0) report(cta, g);
       }
     ++me.done;
-  }
-  int& meeting(int cta) {
-    meetings_.resize(ctas_.size());
-    return meetings_[cta];
   }
 
   const Table& t_;
   std::mt19937 random_;
   std::vector<Cta> ctas_;
-  std::vector<int> flags_, meetings_ = std::vector<int>(1024);
+  std::vector<int> flags_;
+  std::vector<Meeting> meetings_ = std::vector<Meeting>(1024);
   std::vector<Late> late_;
   int64_t counter_ = 0;
   size_t stride_ = 1;

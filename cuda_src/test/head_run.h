@@ -1,4 +1,4 @@
-// Running the persistent head in the tests: counters, the report of waits that were given up, times of its
+// Running the persistent head in the tests: its counter, the report of waits that were given up, times of its
 // phases.
 #pragma once
 
@@ -23,16 +23,16 @@ inline const char* kind_name(Kind kind) {
 class Extras {
  public:
   Extras() {
-    TEST_CUDA(cudaMalloc(reinterpret_cast<void**>(&counters_), 4096));
+    TEST_CUDA(cudaMalloc(reinterpret_cast<void**>(&counter_), 256));
     TEST_CUDA(cudaMalloc(reinterpret_cast<void**>(&report_), kReportWords * 4));
     clear();
   }
-  ~Extras() { cudaFree(counters_), cudaFree(report_), cudaFree(stamps_); }
+  ~Extras() { cudaFree(counter_), cudaFree(report_), cudaFree(stamps_); }
   Extras(const Extras&) = delete;
   Extras& operator=(const Extras&) = delete;
 
   void give(Table& t, bool stamps = false) {
-    t.counters = counters_, t.report = report_, t.stamps = nullptr, t.patience = 2'000'000'000;
+    t.counter = counter_, t.report = report_, t.stamps = nullptr, t.patience = 2'000'000'000;
     if (!stamps) return;
     const size_t bytes = size_t(t.phases) * t.steps * 4 * 8;
     cudaFree(stamps_);
@@ -62,7 +62,7 @@ class Extras {
       std::printf(
           "  block %u (rank %u of cluster %u) %s, phase %u = step %d, number %d (%s): waits for %s %u, has "
           "%u\n",
-          l[2], l[2] % t.cluster, l[2] / t.cluster,
+          l[2], l[2] % cuda::head::kCluster, l[2] / cuda::head::kCluster,
           warp == cuda::head::kFeeder   ? "feeder"
           : warp == cuda::head::kLoader ? "loader"
           : warp < 4                    ? "warpgroup 0"
@@ -80,7 +80,7 @@ class Extras {
   }
 
  private:
-  unsigned *counters_ = nullptr, *report_ = nullptr;
+  unsigned *counter_ = nullptr, *report_ = nullptr;
   int64_t* stamps_ = nullptr;
 };
 

@@ -12,9 +12,9 @@ inline double rounded(double x) { return from_bits(to_bits(float(x))); }
 
 inline void Head::walk() {
   const Table& t = *table_;
-  const int C = t.cluster, R = t.rows;
+  const int C = kCluster, R = t.rows;
   const std::vector<double>& number = numbers();
-  std::vector<float> residual(size_t(t.ctas) * kGroup * 4, 0.0f);
+  std::vector<float> residual(size_t(t.ctas) * kConsumers * 4, 0.0f);
   // a swizzled element of a row of 64
   const auto at = [](const Bits* rows, int row, int col) {
     return rows[row * kChunk + ((col / 8) ^ (row & 7)) * 8 + col % 8];
@@ -29,7 +29,7 @@ inline void Head::walk() {
         for (int row = 0; row < a.prefix_rows; ++row)
           for (int col = 0; col < p.head_dim; ++col) {
             const int key = rank * a.prefix_rows + row;
-            const unsigned to = key_index(head, rank, p.chunks, a.prefix_rows, row, col, C);
+            const unsigned to = key_index(head, rank, p.chunks, a.prefix_rows, row, col);
             a.packed_k[to] = key < a.prefix ? a.k[int64_t(key) * a.ld_k + head * p.head_dim + col] : Bits(0);
             a.packed_v[to] = key < a.prefix ? a.v[int64_t(key) * a.ld_v + head * p.head_dim + col] : Bits(0);
           }
@@ -42,7 +42,7 @@ inline void Head::walk() {
     if (!p.normed || row >= t.m) return 1.0;
     double sum = 0.0;
     for (int i = 0; i < kSquareParts; ++i) sum += p.squares_in[row * kSquareParts + i];
-    return 1.0 / std::sqrt(sum / p.k + p.eps);
+    return 1.0 / std::sqrt(sum * p.mean + p.eps);
   };
   const auto multiply = [&](const Phase& p, const Share& s) {  // (64, tile_rows)
     std::vector<double> acc(64 * p.tile_rows, 0.0), x(kChunk), w(kChunk);
@@ -60,20 +60,18 @@ inline void Head::walk() {
     }
     return acc;
   };
-  // sums of one source to its cluster's owners: buffers [rank][receive unit][4]
+  // What the blocks of a cluster are sent, a buffer each.
   using Received = std::vector<std::vector<float>>;
-  const auto send = [&](Received& to, const std::vector<double>& acc, int columns, int rank) {
+  // Sums of one source to its cluster's owners: units of 4.
+  const auto send_sums = [&](Received& to, const std::vector<double>& acc, int columns, int rank) {
     for (int thread = 0; thread < kGroup; ++thread)
       for (int j = 0; j < columns / 8; ++j) {
-        const int lane = thread % 32, odd = lane & 1, group = thread / 32 * 2 + odd,
-                  owner = group / groups_each(C);
-        if (group * 8 >= R) continue;
-        const int row = group % groups_each(C) * 8 + lane / 4, half = lane % 4 / 2;
+        const int lane = thread % 32, odd = lane & 1, owner = thread / 32 * 2 + odd;
+        if (owner * 8 >= R) continue;
         // the pair's lane that holds columns 2 (lane % 4), and its neighbour
         for (int e = 0; e < 4; ++e) {
-          const int holder = (thread & ~1) + e / 2, number_of = 4 * j + 2 * odd + e % 2;
-          const SumPlace from = sum_place(holder, number_of);
-          to[owner][receive_unit(rank, row, j, half, columns / 8, C) * 4 + e] =
+          const SumPlace from = sum_place((thread & ~1) + e / 2, 4 * j + 2 * odd + e % 2);
+          to[owner][receive_unit(rank, lane / 4, j, lane % 4 / 2, columns / 8) * 4 + e] =
               float(acc[from.row * columns + from.col]);
         }
       }
@@ -83,7 +81,7 @@ inline void Head::walk() {
       const Phase& p = t.phase[i];
       if (is_spread(p)) {
         for (int cta = 0; cta < t.ctas; ++cta) {
-          const Share s = share_of(p, cta, C);
+          const Share s = share_of(p, cta);
           if (s.count() == 0) continue;
           const std::vector<double> acc = multiply(p, s);
           const int per_tile = p.tile_rows / 16, unit0 = s.tile * per_tile,
@@ -122,35 +120,32 @@ inline void Head::walk() {
                     p.out[act_index(R, r, o.second + c)] = to_bits(float(high));
                   } else {
                     Bits* to = o.part == 1 ? p.qkv.fresh_k : p.qkv.fresh_v;
-                    const unsigned step8 =
-                        h * fresh_step(p);  // as the kernel does: from row r of the thread's first
-                    to[fresh_index(p, r - 8 * h, o.first + c, C) + step8] = to_bits(float(low));
-                    to[fresh_index(p, r - 8 * h, o.second + c, C) + step8] = to_bits(float(high));
+                    to[fresh_index(p, r, o.first + c)] = to_bits(float(low));
+                    to[fresh_index(p, r, o.second + c)] = to_bits(float(high));
                   }
                 }
         }
       } else if (is_split(p)) {
-        const int N = split_columns(C);
+        const int N = p.tile_rows;
         for (int tile = 0; tile < p.tiles; ++tile) {
-          Received received(C, std::vector<float>(kReceive / 4, NAN));
+          Received received(C, std::vector<float>(kSumBytes / 4, NAN));
           for (int rank = 0; rank < C; ++rank) {
-            const Share s = share_of(p, tile * C + rank, C);
-            if (s.count() > 0) send(received, multiply(p, s), N, rank);
+            const Share s = share_of(p, tile * C + rank);
+            if (s.count() > 0) send_sums(received, multiply(p, s), N, rank);
           }
           for (int rank = 0; rank < C; ++rank) {
-            if (owned_groups(R, rank, C) == 0) continue;
-            std::vector<double> squares(64, 0.0);
-            for (int thread = 0; thread < kGroup; ++thread) {
-              const Piece piece = piece_of(thread, N);
-              const int row = rank * rows_each(C) + piece.row,
-                        column = tile * N + piece.octet * 8 + piece.half * 4;
-              float* kept = &residual[(size_t(tile * C + rank) * kGroup + thread) * 4];
+            if (!owns(R, rank)) continue;
+            std::vector<double> squares(8 * kSquareParts, 0.0);
+            for (int thread = 0; thread < pieces(N); ++thread) {
+              const Piece piece = piece_of(thread);
+              const int row = rank * 8 + piece.row, column = tile * N + piece.octet * 8 + piece.half * 4;
+              float* kept = &residual[(size_t(tile * C + rank) * kConsumers + thread) * 4];
               if (column >= p.n || row >= t.m) continue;
               for (int e = 0; e < 4; ++e) {
                 double y = 0.0;
                 for (int source = 0; source < senders(p); ++source)
-                  y += received[rank]
-                               [receive_unit(source, piece.row, piece.octet, piece.half, N / 8, C) * 4 + e];
+                  y +=
+                      received[rank][receive_unit(source, piece.row, piece.octet, piece.half, N / 8) * 4 + e];
                 y *= rms_of(p, row);
                 const auto value = [&](const Stepped& v, double otherwise) {
                   return v.p ? double(v.at(step)[column + e]) : otherwise;
@@ -167,14 +162,15 @@ inline void Head::walk() {
                 }
                 y = act_of(p.scale * y, p.act) * value(p.gate, 1.0) + (p.residual ? kept[e] : 0.0);
                 kept[e] = float(y);
-                squares[piece.row] += y * y;
+                squares[piece.row * kSquareParts + square_part(thread, tile)] += y * y;
                 p.out[act_index(R, row, column + e)] =
                     to_bits(float(y * (value(p.next, 1.0) + (p.next.p ? p.next_plus : 0.0f))));
               }
             }
-            for (int r = 0; r < rows_each(C) && p.squares_out; ++r) {
-              const int row = rank * rows_each(C) + r;
-              if (row < t.m) p.squares_out[row * kSquareParts + tile] = float(squares[r]);
+            for (int thread = 0; thread < pieces(N) && p.squares_out; ++thread) {
+              const int r = piece_of(thread).row, part = square_part(thread, tile);
+              if (rank * 8 + r < t.m)
+                p.squares_out[(rank * 8 + r) * kSquareParts + part] = float(squares[r * kSquareParts + part]);
             }
           }
         }
@@ -184,8 +180,13 @@ inline void Head::walk() {
         for (int cluster = 0; cluster < p.tiles; ++cluster) {
           const HeadTask task = head_task(p, cluster);
           const int kv = task.head / a.heads_per_key;
-          for (int group = 0; group < a.columns; ++group) {
+          const int passes = a.columns > 2 ? 2 : 1, octets = 8 * passes;
+          for (int group = 0; group < std::min(a.columns, 2); ++group) {
             Received received(C, std::vector<float>(kReceive / 4, NAN));
+            const auto halves = [&](int owner, int source, int row, int octet) {
+              return reinterpret_cast<Bits*>(received[owner].data()) +
+                     receive_octet(source, row, octet, octets) / 2;
+            };
             for (int rank = 0; rank < C; ++rank) {
               const auto row_of = [&](bool key, int c,
                                       int j) {  // (chunk of 64 columns, row) as it lies in shared memory
@@ -195,7 +196,6 @@ inline void Head::walk() {
                 return from + ((int64_t(kv) * C + rank) * p.chunks + c) * rows * kChunk +
                        (old ? j : j - a.prefix_rows) * kChunk;
               };
-              std::vector<double> acc(64 * 64, 0.0);
               for (int row = 0; row < t.m; ++row) {
                 std::vector<double> score(keys);
                 double high = -INFINITY, total = 0.0;
@@ -213,40 +213,39 @@ inline void Head::walk() {
                   score[j] = seen ? sum * p.scale : -INFINITY;
                   high = std::max(high, score[j]);
                 }
+                std::vector<double> acc(64 * passes, 0.0);
                 for (int j = 0; j < keys; ++j) {
                   const double weight = high == -INFINITY ? 0.0 : std::exp2(score[j] - high);
                   total += weight;
-                  const Bits* v = row_of(false, task.column + group, j);
-                  for (int e = 0; weight > 0.0 && e < kChunk; ++e)
-                    acc[row * 64 + e] += weight * number[v[((e / 8) ^ (j & 7)) * 8 + e % 8]];
+                  for (int e = 0; weight > 0.0 && e < 64 * passes; ++e) {
+                    const Bits* v = row_of(false, task.column + group * passes + e / 64, j);
+                    acc[e] += weight * number[v[((e % 64 / 8) ^ (j & 7)) * 8 + e % 8]];
+                  }
                 }
-                const int owner = row / 8 / groups_each(C), local = row % rows_each(C);
-                received[owner][receive_stats(rank, local, C) / 4] = float(high);
-                received[owner][receive_stats(rank, local, C) / 4 + 1] = float(total);
+                const int owner = row / 8, local = row % 8;
+                received[owner][receive_stats(rank, local) / 4] = float(high);
+                received[owner][receive_stats(rank, local) / 4 + 1] = float(total);
+                for (int e = 0; e < 64 * passes; ++e)
+                  halves(owner, rank, local, e / 8)[e % 8] =
+                      to_bits(float(total > 0.0 ? acc[e] / total : 0.0));
               }
-              send(received, acc, 64, rank);
             }
-            for (int rank = 0; rank < C; ++rank) {
-              for (int n = 0; n < rows_each(C) * 16; ++n) {
-                const Piece piece = piece_of(n, 64);
-                const int row = rank * rows_each(C) + piece.row;
-                if (row >= t.m) continue;
-                double high = -INFINITY, total = 0.0, y[4] = {};
-                for (int k = 0; k < C; ++k)
-                  high = std::max(high, double(received[rank][receive_stats(k, piece.row, C) / 4]));
-                for (int k = 0; k < C; ++k) {
-                  const float* stats = &received[rank][receive_stats(k, piece.row, C) / 4];
-                  const double factor = stats[0] == -INFINITY ? 0.0 : std::exp2(stats[0] - high);
-                  total += factor * stats[1];
-                  for (int e = 0; e < 4; ++e)
-                    y[e] += factor *
-                            received[rank][receive_unit(k, piece.row, piece.octet, piece.half, 8, C) * 4 + e];
-                }
-                const int column = task.head * p.head_dim + (task.column + group) * kChunk + piece.octet * 8 +
-                                   piece.half * 4;
-                for (int e = 0; e < 4; ++e)
-                  p.out[act_index(R, row, column + e)] = to_bits(float(total > 0.0 ? y[e] / total : 0.0));
+            for (int row = 0; row < t.m; ++row) {
+              const int rank = row / 8, local = row % 8;
+              double high = -INFINITY, total = 0.0;
+              std::vector<double> y(64 * passes, 0.0);
+              for (int k = 0; k < C; ++k)
+                high = std::max(high, double(received[rank][receive_stats(k, local) / 4]));
+              for (int k = 0; k < C; ++k) {
+                const float* stats = &received[rank][receive_stats(k, local) / 4];
+                const double share = stats[0] == -INFINITY ? 0.0 : std::exp2(stats[0] - high) * stats[1];
+                total += share;
+                for (int e = 0; e < 64 * passes; ++e)
+                  y[e] += share * number[halves(rank, k, local, e / 8)[e % 8]];
               }
+              const int column = task.head * p.head_dim + (task.column + group * passes) * kChunk;
+              for (int e = 0; e < 64 * passes; ++e)
+                p.out[act_index(R, row, column + e)] = to_bits(float(total > 0.0 ? y[e] / total : 0.0));
             }
           }
         }

@@ -1,7 +1,7 @@
 // A block of the persistent head: its shared memory, the weight ring's two ends, the loader.
 //
-// Shared memory: [x, or keys | values | queries, with room to receive sums at the end][weight ring][key
-// blocks] [barriers]. x's part changes hands between phases only: what a sibling or the copy engine puts
+// Shared memory: [x, or keys | values | queries; sums that arrive at the end][exchange][weight ring][key
+// blocks][barriers]. The first two change hands between phases only: what a sibling or the copy engine puts
 // there in phase g comes after the barrier between blocks, so after everything that this block did in phase g
 // - 1. The keys of the prefix are earlier: they wait for this block's own products (free_x), and no sibling
 // writes where they go.
@@ -16,30 +16,30 @@ struct Block {
   uint32_t base, ring, barriers;
   int cta, rank, cluster_number;
 
-  __device__ __forceinline__ Block(const Table& t, uint32_t base, int cluster)
+  __device__ __forceinline__ Block(const Table& t, uint32_t base)
       : base(base),
-        ring(base + t.x_bytes),
+        ring(base + t.x_bytes + kExchange),
         barriers(ring + t.slots * t.stage + kKeyBlocks),
         cta(blockIdx.x),
-        rank(blockIdx.x % cluster),
-        cluster_number(blockIdx.x / cluster) {}
+        rank(blockIdx.x % kCluster),
+        cluster_number(blockIdx.x / kCluster) {}
+  __device__ __forceinline__ uint32_t exchange() const { return ring - kExchange; }
   __device__ __forceinline__ uint32_t key_blocks(int group) const {
     return barriers - kKeyBlocks + group * kMaxKeys * 4;
   }
   __device__ __forceinline__ uint32_t full(int slot) const { return barriers + 8 * slot; }
   __device__ __forceinline__ uint32_t empty(int slot) const { return barriers + 8 * (kMaxSlots + slot); }
-  __device__ __forceinline__ uint32_t x_full(int chunk) const {
-    return barriers + 8 * (2 * kMaxSlots + chunk);
-  }
-  __device__ __forceinline__ uint32_t keys(int fresh) const { return x_full(kMaxChunks + fresh); }
-  __device__ __forceinline__ uint32_t free_x() const { return x_full(kMaxChunks + 2); }
-  __device__ __forceinline__ uint32_t sums(int group) const { return x_full(kMaxChunks + 3 + group); }
+  __device__ __forceinline__ uint32_t x_full() const { return barriers + 8 * (2 * kMaxSlots); }
+  __device__ __forceinline__ uint32_t keys(int fresh) const { return x_full() + 8 * (1 + fresh); }
+  __device__ __forceinline__ uint32_t free_x() const { return x_full() + 8 * 3; }
+  // of a warpgroup in attention; 2: of both in a split phase
+  __device__ __forceinline__ uint32_t sums(int which) const { return x_full() + 8 * (4 + which); }
 
   __device__ __forceinline__ void init(const Table& t) const {
     for (int i = 0; i < t.slots; ++i) barrier_init(full(i), 1), barrier_init(empty(i), 4);
-    for (int i = 0; i < kMaxChunks; ++i) barrier_init(x_full(i), 1);
-    barrier_init(keys(0), 1), barrier_init(keys(1), 1), barrier_init(free_x(), 4);
-    barrier_init(sums(0), 1), barrier_init(sums(1), 1);
+    barrier_init(x_full(), 1), barrier_init(keys(0), 1), barrier_init(keys(1), 1),
+        barrier_init(free_x(), kConsumers / 32);
+    for (int i = 0; i < 3; ++i) barrier_init(sums(i), 1);
     barrier_init_fence();
   }
 };
@@ -47,61 +47,81 @@ struct Block {
 // A place in the weight ring.
 struct Slot {
   int slot = 0, parity = 0;
-  __device__ __forceinline__ void next(const Table& t) {
-    if (++slot == t.slots) slot = 0, parity ^= 1;
+  __device__ __forceinline__ void skip(int count, int slots) {
+    slot += count;
+    while (slot >= slots) slot -= slots, parity ^= 1;
   }
 };
 
 // Whether a block's warps have a part in a phase; else the loader says that it is done. As is_busy, but for
 // what is left out for timing: nothing waits for x or sums then.
-template <int C>
 __device__ __forceinline__ bool takes_part(const Table& t, const Phase& p, int cta) {
-  if (!is_busy(p, cta, t.rows, C) || t.parts == 2) return false;
-  return (t.parts & 8) || !is_split(p) || share_of(p, cta, C).count() > 0;
+  if (!is_busy(p, cta, t.rows) || t.parts == 2) return false;
+  return (t.parts & 8) || !is_split(p) || share_of(p, cta).count() > 0;
 }
 
-// One thread: this block's weights, in the order of the table, as far ahead as the ring has room.
-template <int C>
+// Where a stage of a phase's weights begins for a block and how long it is: none (0 bytes) from the last on.
+struct Stage {
+  const std::byte* from;
+  int bytes;
+};
+__device__ __forceinline__ Stage stage_of(const Phase& p, const Share& s, int stage) {
+  const int chunk = p.tile_rows * kChunkBytes, first = s.first + stage * p.stage_chunks;
+  return {reinterpret_cast<const std::byte*>(p.w) + (static_cast<int64_t>(s.tile) * p.chunks + first) * chunk,
+          max(min(p.stage_chunks, s.last - first), 0) * chunk};
+}
+
+// A warp: this block's weights into the ring in the order of the table, as far ahead as it has room, a lane a
+// stage.
 __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
-  Slot at;
+  const int lane = threadIdx.x % 32;
+  Slot begin;  // the phase's first stage
 #pragma unroll 1
   for (int step = 0; step < t.steps; ++step) {
 #pragma unroll 1
     for (int i = 0; i < t.phases; ++i) {
       const Phase& p = t.phase[i];
-      const Share s = share_of(p, b.cta, C);
+      const Share s = share_of(p, b.cta);
       if (s.count() == 0) continue;
       w.phase = 1 + step * t.phases + i;
-      const int chunk = p.tile_rows * kChunkBytes;
-      const auto* from = reinterpret_cast<const std::byte*>(p.w) +
-                         (static_cast<int64_t>(s.tile) * p.chunks + s.first) * chunk;
+      const int stages = divide_up(s.count(), p.stage_chunks);
+      Slot at = begin;
+      at.skip(lane, t.slots);
+      const Stage stage = stage_of(p, s, lane);
+      // (a stage may be asked for when that before it in the same slot has been: parities know no more)
 #pragma unroll 1
-      for (int c = s.first; c < s.last; c += p.stage_chunks) {
-        const int bytes = min(p.stage_chunks, s.last - c) * chunk;
-        wait_on(b.empty(at.slot), at.parity ^ 1, w, kForSlot, at.slot);
-        barrier_expect(b.full(at.slot), bytes);
-        copy_once(b.ring + at.slot * t.stage, from, bytes, b.full(at.slot));
-        from += bytes;
-        at.next(t);
+      for (int first = 0; first < stages; first += t.slots) {
+        bool left = lane >= first && lane < min(first + t.slots, stages);
+        unsigned tries = 0;
+        int64_t since = 0;
+#pragma unroll 1
+        while (__any_sync(0xffffffffu, left)) {
+          if (left && (w.over || try_wait(b.empty(at.slot), at.parity ^ 1))) {
+            barrier_expect(b.full(at.slot), stage.bytes);
+            copy_once(b.ring + at.slot * t.stage, stage.from, stage.bytes, b.full(at.slot));
+            left = false;
+          } else if (left) {
+            enough(w, tries, since, kForSlot, at.slot, 0);
+          }
+        }
       }
+      begin.skip(stages, t.slots);
     }
   }
 }
 
 // A warp: waits for the other blocks, then has copied what the phase reads.
-template <int C>
 __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
   const int piece_count = pieces_of(t.rows);
   const bool copies = t.parts & 4;
-  // `chunks` chunks of `from`, this block's share of them to all of the cluster; chunk c counts for barrier
-  // `barrier` + 8 c, or all for `barrier`
-  const auto spread = [&](uint32_t to, const Bits* from, int chunks, uint32_t barrier, int each) {
+  // `chunks` chunks of `from`, this block's share of them to all of the cluster
+  const auto spread = [&](uint32_t to, const Bits* from, int chunks, uint32_t barrier) {
 #pragma unroll 1
-    for (int i = b.rank + C * lane; i < chunks * piece_count; i += C * 32) {
+    for (int i = b.rank + kCluster * lane; i < chunks * piece_count; i += kCluster * 32) {
       const int c = i / piece_count, part = i % piece_count, row = c * t.rows + piece_first(t.rows, part);
       copy_to_all(to + row * kChunkBytes, from + row * kChunk, piece_rows(t.rows, part) * kChunkBytes,
-                  barrier + each * c, (1 << C) - 1);
+                  barrier, (1 << kCluster) - 1);
     }
   };
   int free_parity = 0;
@@ -111,7 +131,7 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
     for (int i = 0; i < t.phases; ++i) {
       const unsigned g = 1 + step * t.phases + i;
       const Phase& p = t.phase[i];
-      const bool busy = is_busy(p, b.cta, t.rows, C);
+      const bool busy = is_busy(p, b.cta, t.rows);
       w.phase = g;
       if (p.kind == Kind::kAttention) {
         const AttentionPart& a = p.attention;
@@ -125,12 +145,14 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
           const bool key = lane < p.chunks;
           const int c = key ? lane : task.column + lane - p.chunks;
           const auto* from = reinterpret_cast<const std::byte*>(key ? k : v) +
-                             (static_cast<int64_t>(kv * C + b.rank) * p.chunks + c) * bytes;
+                             (static_cast<int64_t>(kv * kCluster + b.rank) * p.chunks + c) * bytes;
           bulk_load(b.base + lane * each + at, from, bytes, barrier);
         };
         if (busy && copies) {
-          wait_on(b.free_x(), free_parity, w, kForFreeX, 0);
-          free_parity ^= 1;
+          if (takes_part(t, t.phase[i - 1], b.cta)) {  // the queries' products, which read x
+            wait_on(b.free_x(), free_parity, w, kForFreeX, 0);
+            free_parity ^= 1;
+          }
           if (lane == 0) barrier_expect(b.keys(0), copied * prefix);
           __syncwarp();
           copy_keys(a.packed_k, a.packed_v, prefix, 0, b.keys(0));
@@ -141,44 +163,42 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
           if (lane == 0) barrier_expect(b.keys(1), copied * fresh + p.chunks * t.rows * kChunkBytes);
           __syncwarp();
           spread(b.base + queries_at(p), p.x + static_cast<int64_t>(task.head) * p.chunks * t.rows * kChunk,
-                 p.chunks, b.keys(1), 0);
+                 p.chunks, b.keys(1));
           copy_keys(a.fresh_k, a.fresh_v, fresh, prefix, b.keys(1));
         }
       } else {
         wait_for_blocks(t, g, w);
         __syncwarp();
-        const int slots = copies ? arriving(p, b.cta, C) : 0;
-        if (lane < slots) barrier_expect(b.x_full(lane), t.rows * kChunkBytes);
+        const int slots = copies ? arriving(p, b.cta) : 0;
+        if (lane == 0 && slots > 0) barrier_expect(b.x_full(), slots * t.rows * kChunkBytes);
         __syncwarp();
         if (slots > 0 && is_spread(p)) {
-          spread(b.base, p.x, slots, b.x_full(0), 8);
+          spread(b.base, p.x, slots, b.x_full());
         } else if (lane < slots) {
-          const int c = share_of(p, b.cta, C).first + lane;
+          const int c = share_of(p, b.cta).first + lane;
           bulk_load(b.base + lane * t.rows * kChunkBytes, p.x + static_cast<int64_t>(c) * t.rows * kChunk,
-                    t.rows * kChunkBytes, b.x_full(lane));
+                    t.rows * kChunkBytes, b.x_full());
         }
       }
       if (t.stamps && b.cta == 0 && lane == 0) t.stamps[(g - 1) * 4] = clock64();
-      if (lane == 0 && !takes_part<C>(t, p, b.cta)) report_done(t, g);
+      if (lane == 0 && !takes_part(t, p, b.cta)) report_done(t);
     }
   }
 }
 
 // What the warps of a group carry through the loop.
 struct Carried {
-  Slot weights;
-  unsigned x_parity = 0;  // a bit a chunk
-  int sums_parity = 0, keys_parity = 0;
+  Slot weights;  // where the next phase's begin
+  int x_parity = 0, sums_parity = 0, split_parity = 0, keys_parity = 0;
   float residual[4] = {};  // of the piece that this thread finishes in every split phase
 };
 
 // The end of a phase: `threads` threads have written what others will read. Named barriers: 1 is the first
-// warpgroup's here, 2 and 3 are the warpgroups' own in attention, 4 is that of both.
+// warpgroup's, 2 and 3 are the warpgroups' own in attention, 4 is that of both.
 __device__ __forceinline__ void finish(const Table& t, unsigned g, int threads) {
-  proxy_fence();
   named_barrier(threads == kGroup ? 1 : 4, threads);
   if (threadIdx.x == 0) {
-    report_done(t, g);
+    report_done(t);
     if (t.stamps && blockIdx.x == 0) t.stamps[(g - 1) * 4 + 3] = clock64();
   }
 }
@@ -186,53 +206,116 @@ __device__ __forceinline__ void stamp(const Table& t, unsigned g, int what) {
   if (t.stamps && blockIdx.x == 0 && threadIdx.x == 0) t.stamps[(g - 1) * 4 + what] = clock64();
 }
 
-// acc (64 rows of x, N columns of y) += x W^T over this block's chunks, at least one. One warpgroup.
-template <int N>
-__device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, const Block& b, const Phase& p,
-                                         const Share& s, Carried& state, Watch& w) {
-  const bool weights = t.parts & 1, copies = t.parts & 4;
-  const int chunk_bytes = p.tile_rows * kChunkBytes, x_bytes = t.rows * kChunkBytes;
-  int before = -1, c = s.first;
+// The same number in all lanes, kept in a register from here on: the compiler would rather ask the table
+// again where it is used, and each answer is some hundred cycles away.
+__device__ __forceinline__ int kept(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+// wgmma_tile of an address of shared memory as a low word, which counts in 16 bytes, and the high word.
+__device__ __forceinline__ uint32_t tile_low(uint32_t address) { return 0x10000u | address >> 4; }
+__device__ __forceinline__ uint64_t tile_of(uint32_t low) { return uint64_t{0x40000040} << 32 | low; }
+
+// What a phase's products need to know, asked before x is there.
+struct Shape {
+  int count, per_stage, stages, slots, stage, w_step, x_step;  // steps and stage in 16 bytes
+  uint32_t x, ring;                                            // tile_low of where they begin
+  Slot at;                                                     // of the warpgroup's first stage
+};
+// `group`: of the warpgroups that take the stages in turn.
+__device__ __forceinline__ Shape shape_of(const Table& t, const Phase& p, const Block& b, const Share& s,
+                                          int group, Carried& state) {
+  Shape h;
+  h.count = kept(s.count()), h.per_stage = kept(p.stage_chunks), h.slots = kept(t.slots);
+  h.stage = kept(t.stage >> 4), h.w_step = kept(p.tile_rows * kChunkBytes >> 4);
+  h.x_step = kept(t.rows * kChunkBytes >> 4);
+  h.x = kept(tile_low(b.base)), h.ring = kept(tile_low(b.ring));
+  h.stages = divide_up(h.count, h.per_stage);
+  h.at = state.weights;
+  h.at.skip(group, h.slots);
+  state.weights.skip(h.stages, h.slots);
+  return h;
+}
+
+// acc (64 rows of x, N columns of y) += x W^T over stages `first`, `first` + kStep, ...
+template <int N, int kStep>
+__device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, const Block& b, Shape h,
+                                         int first, Watch& w) {
+  const bool weights = t.parts & 1;
+  int before = -1;
+  bool there = !weights || (first < h.stages && try_wait(b.full(h.at.slot), h.at.parity));
 #pragma unroll 1
-  do {
-    if (weights)
-      wait_on(b.full(state.weights.slot), state.weights.parity, w, kForWeights, state.weights.slot);
-    const uint32_t here = b.ring + state.weights.slot * t.stage;
-    const int begin = c, end = min(c + p.stage_chunks, s.last);
+  for (int stage = first; stage < h.stages; stage += kStep) {
+    const Slot at = h.at;
+    h.at.skip(kStep, h.slots);
+    if (!there) wait_on(b.full(at.slot), at.parity, w, kForWeights, at.slot);
+    // asked now, used after this stage's products are on their way
+    there = !weights || (stage + kStep < h.stages && try_wait(b.full(h.at.slot), h.at.parity));
+    const int chunk = stage * h.per_stage;
+    uint32_t rows = h.ring + at.slot * h.stage, x = h.x + chunk * h.x_step;
+    int left = min(h.per_stage, h.count - chunk);
 #pragma unroll 1
     do {
-      const int slot = c - s.first;
-      if (copies) wait_on(b.x_full(slot), state.x_parity >> slot & 1, w, kForX, slot);
       wgmma_fence();
-      const uint64_t x = wgmma_tile(b.base + slot * x_bytes),
-                     rows = wgmma_tile(here + (c - begin) * chunk_bytes);
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) multiply_add<N>(acc, x + 2 * kk, rows + 2 * kk);
+      for (int kk = 0; kk < 4; ++kk) multiply_add<N>(acc, tile_of(x + 2 * kk), tile_of(rows + 2 * kk));
       wgmma_commit();
-    } while (++c < end);
+      x += h.x_step, rows += h.w_step;
+    } while (--left > 0);
     // all but the last chunk's have been read by this warp's part of the matrix unit, so the stage before has
     wgmma_wait<1>();
     if (before >= 0 && weights && threadIdx.x % 32 == 0) barrier_arrive(b.empty(before));
-    before = state.weights.slot;
-    state.weights.next(t);
-  } while (c < s.last);
+    before = at.slot;
+  }
   wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");  // read no earlier
   if (before >= 0 && weights && threadIdx.x % 32 == 0) barrier_arrive(b.empty(before));
+}
+
+// Both warpgroups have sums of all rows, each over its own chunks. Now the first gets all sums of rows r, the
+// second of rows r + 8: kept[8 u / 2 ...] of unit u of 16 columns, as acc[8 u], acc[8 u + 1], acc[8 u + 4],
+// acc[8 u + 5] are those of row r.
+template <int N>
+__device__ __forceinline__ void swap_rows(float (&mine)[N / 4], const float (&acc)[N / 2], const Block& b,
+                                          int group) {
+  const uint32_t to = b.exchange() + (threadIdx.x ^ kGroup) * 16, from = b.exchange() + threadIdx.x * 16;
+#pragma unroll
+  for (int u = 0; u < N / 16; ++u) {
+    const float* a = acc + 8 * u;
+    const float4 other =
+        group == 0 ? make_float4(a[2], a[3], a[6], a[7]) : make_float4(a[0], a[1], a[4], a[5]);
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + u * kConsumers * 16), "f"(other.x),
+                 "f"(other.y), "f"(other.z), "f"(other.w)
+                 : "memory");
+  }
+  named_barrier(4, kConsumers);
+#pragma unroll
+  for (int u = 0; u < N / 16; ++u) {
+    const float* a = acc + 8 * u;
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(from + u * kConsumers * 16)
+                 : "memory");
+    // the first warpgroup's sums first: the same bits whichever group adds
+    mine[4 * u] = group == 0 ? a[0] + v.x : v.x + a[2];
+    mine[4 * u + 1] = group == 0 ? a[1] + v.y : v.y + a[3];
+    mine[4 * u + 2] = group == 0 ? a[4] + v.z : v.z + a[6];
+    mine[4 * u + 3] = group == 0 ? a[5] + v.w : v.w + a[7];
+  }
 }
 
 // 1 / rms of row `row`, from the parts of its sum of squares; all 4 lanes of a quad ask for the same row.
 struct Squares {
   float4 a, b;
 };
-__device__ __forceinline__ Squares read_squares(const Phase& p, int row) {
-  const float4* at = reinterpret_cast<const float4*>(p.squares_in + row * kSquareParts) + threadIdx.x % 4 * 2;
+__device__ __forceinline__ Squares read_squares(const float* squares, int row) {
+  const float4* at = reinterpret_cast<const float4*>(squares + row * kSquareParts) + threadIdx.x % 4 * 2;
   return {__ldcg(at), __ldcg(at + 1)};
 }
-__device__ __forceinline__ float inverse_rms(const Phase& p, const Squares& s) {
+__device__ __forceinline__ float inverse_rms(const Squares& s, float mean, float eps) {
   float sum = ((s.a.x + s.a.y) + (s.a.z + s.a.w)) + ((s.b.x + s.b.y) + (s.b.z + s.b.w));
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  return rsqrtf(sum / p.k + p.eps);
+  return rsqrtf(sum * mean + eps);
 }
 // common.cuh's activations with a quick division: two units in the last place of float32, far below
 // bfloat16's.

@@ -23,15 +23,13 @@ class Builder {
 
   void run(int steps) {
     require(body_.size() >= 2 && body_.size() <= kMaxPhases, "the loop has too many operations");
-    require(s_.cluster == 4 || s_.cluster == 7 || s_.cluster == 8, "clusters of 4, 7 or 8");
-    require(s_.clusters > 0, "no cluster fits this device");
-    require(s_.barrier == 0 || s_.cluster * s_.clusters % 4 == 0, "flags are read by fours of blocks");
+    require(s_.clusters > 0 && s_.clusters <= kMaxTiles, "the clusters that fit this device");
     const auto* euler = std::get_if<Euler>(&body_.back());
     require(euler != nullptr, "the loop does not end with a step of the actions");
     t_.phases = static_cast<int>(body_.size()), t_.steps = steps;
-    t_.cluster = s_.cluster, t_.ctas = s_.cluster * s_.clusters, t_.stage = kStage;
-    t_.m = euler->x.rows, t_.rows = pad_to(t_.m, 8), t_.barrier = s_.barrier, t_.parts = 15;
-    require(t_.rows <= most_rows(s_.cluster), "more than " + std::to_string(most_rows(s_.cluster)) + " rows");
+    t_.ctas = kCluster * s_.clusters;
+    t_.m = euler->x.rows, t_.rows = pad_to(t_.m, 8), t_.parts = 15;
+    require(t_.rows <= 8 * kCluster, "more than 64 rows");
     actions_ = euler->x;
     require(actions_.step_bytes == 0 && actions_.cols % 4 == 0 && actions_.cols <= kMaxChunks * kChunk,
             "actions");
@@ -87,7 +85,7 @@ class Builder {
 
   // x, its norm and W; tile_rows and tiles follow from n.
   void product(Phase& p, const View& x, const Norm& norm) {
-    p.x = reads(x), p.k = static_cast<float>(x.cols), p.chunks = divide_up(x.cols, kChunk);
+    p.x = reads(x), p.mean = 1.0f / static_cast<float>(x.cols), p.chunks = divide_up(x.cols, kChunk);
     if (norm.kind == NormKind::kNone) return;
     require(norm.kind == NormKind::kRms, "a layer norm");
     const auto found = squares_.find(key(x));
@@ -103,7 +101,7 @@ class Builder {
   void spread(Phase& p) {
     p.units = units_of(p);
     const int units = p.units, each = std::max(divide_up(units, t_.ctas), s_.min_units);
-    require(each <= (p.kind == Kind::kQkv ? 2 : most_units(t_.cluster)),
+    require(each <= (p.kind == Kind::kQkv ? kMostQkvUnits : kMostUnits),
             "more columns than the blocks have room for");
     p.tile_rows = 16 * each, p.tiles = divide_up(units, each);
     x_chunks_ = std::max(x_chunks_, p.chunks);
@@ -111,17 +109,16 @@ class Builder {
   }
   void split(Phase& p) {
     require(p.n % 4 == 0, "columns are no multiple of 4");
-    p.tile_rows = split_columns(t_.cluster), p.tiles = divide_up(p.n, p.tile_rows),
-    p.each = divide_up(p.chunks, t_.cluster);
-    require(p.tiles <= s_.clusters && p.tiles <= kSquareParts,
-            "more columns than the clusters have room for");
-    split_chunks_ = std::max(split_chunks_, divide_up(p.chunks, t_.cluster));
+    p.tile_rows = divide_up(p.n, 64) <= s_.clusters ? 64 : kWide, p.tiles = divide_up(p.n, p.tile_rows);
+    p.each = divide_up(p.chunks, kCluster);
+    require(p.tiles <= s_.clusters, "more columns than the clusters have room for");
+    split_chunks_ = std::max(split_chunks_, p.each);
     stages(p);
   }
+  int chunks_of(const Phase& p) const { return is_spread(p) ? p.chunks : p.each; }  // of a block
   void stages(Phase& p) {
-    const int chunk = p.tile_rows * kChunkBytes;
-    p.stage_chunks = std::max(kStage / chunk, 1), t_.stage = std::max(t_.stage, chunk);
-    require((is_spread(p) ? p.chunks : divide_up(p.chunks, t_.cluster)) <= kMaxChunks, "k is too long");
+    require(chunks_of(p) <= kMaxChunks, "k is too long");  // the feeder has a lane a stage
+    widest_ = std::max(widest_, p.tile_rows * kChunkBytes);
   }
 
   void fill(Phase& p, const Linear& op) {
@@ -208,9 +205,7 @@ class Builder {
       q.ld_positions = static_cast<int>(op.positions.ld), q.rope_rows = op.rope.rows;
     }
     if (op.k) {
-      q.fresh_rows = divide_up(t_.m, t_.cluster) <= 8 ? 8 : 16;
-      q.fresh_shift = q.fresh_rows == 8 ? 3 : 4;
-      const size_t count = size_t(op.k.cols) * t_.cluster * q.fresh_rows;
+      const size_t count = size_t(op.k.cols) * kCluster * kFreshRows;
       require(op.v.cols == op.k.cols, "values of another width");
       for (Bits** to : {&q.fresh_k, &q.fresh_v}) {
         Bits*& shared = fresh_[{count, to == &q.fresh_k}];
@@ -243,7 +238,7 @@ class Builder {
       require(row(op.k) == qkv->k.base && row(op.v) == qkv->v.base && qkv->k.ld == op.k.ld &&
                   qkv->v.ld == op.v.ld,
               "keys that are not the last ones");
-      a.fresh_k = written.fresh_k, a.fresh_v = written.fresh_v, a.fresh_rows = written.fresh_rows;
+      a.fresh_k = written.fresh_k, a.fresh_v = written.fresh_v, a.fresh_rows = kFreshRows;
     }
     a.k = reinterpret_cast<const Bits*>(op.k.base), a.v = reinterpret_cast<const Bits*>(op.v.base);
     a.ld_k = static_cast<int>(op.k.ld), a.ld_v = static_cast<int>(op.v.ld);
@@ -255,19 +250,20 @@ class Builder {
     a.kv_heads = op.k.cols / op.head_dim;
     const int heads = op.q.cols / op.head_dim;
     a.heads_per_key = heads / a.kv_heads;
-    a.prefix_rows = pad_to(divide_up(a.prefix, t_.cluster), 8);
-    require(key_rows(a) <= key_rows_made(t_.cluster, 3), "more keys than a block has room for");
-    for (int i = 0; i < 4; ++i) {
-      const int rows = key_rows_made(t_.cluster, i);
+    a.prefix_rows = pad_to(divide_up(a.prefix, kCluster), 8);
+    require(key_rows(a) <= kMaxKeys, "more keys than a block has room for");
+    for (int i = 0;; ++i) {
+      const int rows = key_rows_made(i);
       if (rows < key_rows(a)) continue;
       a.prefix_rows = rows - a.fresh_rows;
       break;
     }
-    a.columns = heads * p.chunks <= s_.clusters ? 1 : 2;
+    a.columns = 1;
+    while (a.columns < 4 && heads * p.chunks > a.columns * s_.clusters) a.columns *= 2;
     require(p.chunks % a.columns == 0, "more heads than clusters");
     p.tiles = heads * p.chunks / a.columns;
     require(p.tiles <= s_.clusters, "more heads than clusters");
-    const size_t count = size_t(op.k.cols) * t_.cluster * a.prefix_rows;
+    const size_t count = size_t(op.k.cols) * kCluster * a.prefix_rows;
     a.packed_k = take<Bits>(count), a.packed_v = take<Bits>(count);
     // the second warpgroup counts the attentions that it takes part in: all or none
     require(columns_ == 0 || columns_ == a.columns, "attention of two widths");
@@ -299,10 +295,21 @@ class Builder {
 
   void share_memory() {
     const int row = t_.rows * kChunkBytes;
-    const int front = std::max(split_chunks_ * row, keys_bytes_), receive = std::max(columns_, 1) * kReceive;
-    t_.x_bytes = pad_to(std::max(x_chunks_ * row, front + receive), 1024);
-    t_.receive = t_.x_bytes - receive;
-    t_.slots = std::min((kSharedOfBlock - t_.x_bytes - kRest) / t_.stage, std::min(s_.max_slots, kMaxSlots));
+    t_.x_bytes = pad_to(std::max({x_chunks_ * row, split_chunks_ * row + kSumBytes, keys_bytes_}), 1024);
+    const int ring = kSharedOfBlock - t_.x_bytes - kExchange - kRest;
+    // A stage costs its waits: two chunks are better than one, but not where the ring then holds few.
+    // (Measured on an H200: SmolVLA 3.28 ms with 13 slots of 8 KB, 3.09 with 6 of 16; pi0.5 5.33 with 8 of
+    // 10, 6.70 with 4 of 20.)
+    t_.stage = s_.stage > 0 ? std::max(s_.stage, widest_) : ring / (2 * widest_) >= 6 ? 2 * widest_ : widest_;
+    t_.slots = std::min(ring / t_.stage, std::min(s_.max_slots, kMaxSlots));
+    for (int i = 0; i < t_.phases; ++i) {
+      Phase& p = t_.phase[i];
+      if (p.kind == Kind::kAttention) continue;
+      const int count = chunks_of(p);
+      int stages = divide_up(count, t_.stage / (p.tile_rows * kChunkBytes));
+      if (is_spread(p) && count > 1) stages = pad_to(stages, 2);  // as many for both warpgroups
+      p.stage_chunks = divide_up(count, stages);
+    }
     require(t_.slots >= 3, "no room for weights beside x and the keys");
   }
 
@@ -318,6 +325,7 @@ class Builder {
   std::map<Key, float*> squares_;
   std::map<std::pair<size_t, bool>, Bits*> fresh_;
   int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0, columns_ = 0;
+  int widest_ = 0;  // bytes of the widest chunk of weights
 };
 
 }  // namespace

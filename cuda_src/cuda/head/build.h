@@ -12,10 +12,10 @@
 namespace vla::cuda::head {
 
 struct Settings {
-  int cluster = 8, clusters = 16;  // blocks of a cluster: 8, 7 or 4; clusters that the device holds at once
-  int barrier = 0;                 // see Table
-  int min_units = 1;               // units of 16 columns that a block of a spread phase has at least
-  int max_slots = kMaxSlots;       // of the weight ring
+  int clusters = kMaxTiles;   // that the device holds at once
+  int min_units = 1;          // units of 16 columns that a block of a spread phase has at least
+  int max_slots = kMaxSlots;  // of the weight ring
+  int stage = 0;              // bytes of one; 0: as share_memory() finds best
 };
 
 // What is known of an operation beside the operation itself (plan.h, Known).
@@ -37,7 +37,7 @@ inline size_t packed_elements(const Phase& p) {
 }
 
 // Fills `table`; gives why it cannot ("" where it did): what the table cannot express runs on the kernels of
-// small/. counters, report and stamps are left to the caller.
+// small/. counter, report and stamps are left to the caller.
 std::string build(Table& table, const std::vector<Op>& body, int steps, const std::vector<Fact>& facts,
                   const Settings& settings, const Memory& memory);
 

@@ -7,11 +7,10 @@
 
 namespace vla::cuda::head {
 
-// Clusters of `size` blocks that the device holds at once, 0 where the kernel does not run; `shared`: bytes a
-// block.
-int resident_clusters(int size, int shared);
+// Clusters of the kernel that the device holds at once, kMaxTiles at most; 0 where it does not run.
+int resident_clusters();
 
-// Runs the loop of the table. counters: 32 + ctas + 128 words, zeroed here.
+// Runs the loop of the table. Its counter is zeroed here.
 cudaError_t launch(const Table& t, cudaStream_t stream);
 
 // The weight of phase p, from small/pack.cu's packing (n: rows of each part) to the head's: `to` has

@@ -2,12 +2,9 @@
 #include "../common.cuh"
 #include "build.h"
 #include "head.h"
+#include "kernel.cuh"
 
 namespace vla::cuda::head {
-
-cudaError_t run_8(const Table& t, cudaStream_t stream, int* clusters);  // kernel_8.cu
-cudaError_t run_7(const Table& t, cudaStream_t stream, int* clusters);
-cudaError_t run_4(const Table& t, cudaStream_t stream, int* clusters);
 
 namespace {
 
@@ -33,28 +30,49 @@ __global__ void pack_head(Bits* to, const __grid_constant__ Phase p, const Bits*
   }
 }
 
-cudaError_t dispatch(const Table& t, cudaStream_t stream, int* clusters) {
-  return t.cluster == 8   ? run_8(t, stream, clusters)
-         : t.cluster == 7 ? run_7(t, stream, clusters)
-         : t.cluster == 4 ? run_4(t, stream, clusters)
-                          : cudaErrorInvalidValue;
+// All that there is: another plan's table may need more than this one, and its graph is launched later.
+cudaError_t allow_shared() {
+  return cudaFuncSetAttribute(persistent_head, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedOfBlock);
+}
+cudaLaunchAttribute of_clusters() {
+  cudaLaunchAttribute a;
+  a.id = cudaLaunchAttributeClusterDimension;
+  a.val.clusterDim.x = kCluster, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
+  return a;
 }
 
 }  // namespace
 
-int resident_clusters(int size, int shared) {
-  static Table t;  // too large for a stack frame of a small thread
-  t.cluster = size, t.ctas = size;
-  t.slots = 1, t.stage = kStage, t.x_bytes = (shared - kRest - kStage) / 1024 * 1024;
+int resident_clusters() {
   int clusters = 0;
-  if (dispatch(t, nullptr, &clusters) != cudaSuccess) {
+  cudaLaunchAttribute cluster = of_clusters();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = kCluster, config.blockDim = kThreads, config.dynamicSmemBytes = kSharedOfBlock;
+  config.attrs = &cluster, config.numAttrs = 1;
+  if (allow_shared() != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&clusters, persistent_head, &config) != cudaSuccess) {
     cudaGetLastError();
     return 0;
   }
-  return clusters;
+  return clusters < kMaxTiles ? clusters : kMaxTiles;
 }
 
-cudaError_t launch(const Table& t, cudaStream_t stream) { return dispatch(t, stream, nullptr); }
+cudaError_t launch(const Table& t, cudaStream_t stream) {
+  if (const cudaError_t error = allow_shared(); error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2];
+  attributes[0] = of_clusters();
+  // All blocks start together or none does: they wait for each other, and beside another such kernel (a
+  // second policy in this process) each might hold half of the multiprocessors for ever.
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = t.ctas, config.blockDim = kThreads, config.dynamicSmemBytes = shared_bytes(t);
+  config.stream = stream, config.attrs = attributes, config.numAttrs = 2;
+  if (const cudaError_t error = cudaMemsetAsync(t.counter, 0, sizeof *t.counter, stream);
+      error != cudaSuccess)
+    return error;
+  return cudaLaunchKernelEx(&config, persistent_head, t);
+}
 
 cudaError_t pack(Bits* to, const Phase& p, const Bits* fragments, const int* n, int parts, bool interleaved,
                  int k, cudaStream_t stream) {

@@ -21,21 +21,27 @@ using Bits = uint16_t;  // a bf16
 
 constexpr int kChunk = 64;               // columns
 constexpr int kChunkBytes = 2 * kChunk;  // of one row
-constexpr int kStage = 8192;             // bytes of a slot of the weight ring, at least: a chunk must fit
+constexpr int kCluster = 8;              // blocks; each finishes 8 rows of the sums of the cluster
 constexpr int kMaxSlots = 24;            // of the weight ring
-constexpr int kMaxChunks = 31;           // of x in shared memory
+constexpr int kMaxChunks = 32;           // of x in shared memory
 constexpr int kGroup = 128;              // threads of a warpgroup
-constexpr int kConsumers = 2 * kGroup;   // two warpgroups multiply
+constexpr int kConsumers = 2 * kGroup;   // two warpgroups
 constexpr int kFeeder = 8, kLoader = 9;  // warps: weights, everything else that is copied
 constexpr int kThreads = 320;
 constexpr int kSharedOfBlock = 232448;  // bytes that a block may have
-constexpr int kMaxKeys = 160;           // of a block in attention
-constexpr int kSquareParts = 32;        // of a row's sum of squares: one a cluster; the others stay zero
-constexpr int kReceive =
-    16384 + 512;  // bytes that a warpgroup receives: sums, and a maximum and a total a row
+constexpr int kFreshRows = 8;           // keys of a step that a block has
+constexpr int kMaxKeys = 112;           // of a block in attention
+constexpr int kMaxTiles = 16;           // of a split phase, a cluster each
+constexpr int kSquareParts = 32;        // of a row's sum of squares: two a cluster; the others stay zero
+constexpr int kWide = 80;               // columns of a tile at most, of a split phase
+constexpr int kSumBytes = kCluster * 8 * kWide * 4;  // that a block receives in a split phase
+// Bytes that a warpgroup receives in attention: 128 columns of bfloat16, a maximum and a total a row.
+constexpr int kReceive = kCluster * 8 * (128 * 2 + 8);
+constexpr int kExchange = 2 * kReceive;  // or what the warpgroups give each other: a float4 a unit and thread
+static_assert(kExchange >= kConsumers * 16 * kWide / 16, "room for the largest tile");
 
 constexpr int kKeyBlocks = 2 * kMaxKeys * 4;  // bytes of shared memory
-constexpr int kBarrierCount = 2 * kMaxSlots + kMaxChunks + 5;
+constexpr int kBarrierCount = 2 * kMaxSlots + 7;
 constexpr int kRest = kKeyBlocks + kBarrierCount * 8;  // bytes after the ring
 
 VLA_HD constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -70,19 +76,18 @@ struct QkvPart {
   const int* positions;
   Bits *fresh_k, *fresh_v;
   int ld_rope, ld_positions, rope_rows;
-  int units[3];                 // of 16 columns, of q, k and v
-  int fresh_rows, fresh_shift;  // of a block of the cluster, 1 << fresh_shift
+  int units[3];  // of 16 columns, of q, k and v
 };
 struct AttentionPart {
   const Bits *k, *v;              // as the prefix left them: (prefix, kv_heads * d), plain rows
   Bits *packed_k, *packed_v;      // [kv head][rank][chunk][prefix_rows][128 bytes]
-  const Bits *fresh_k, *fresh_v;  // the same of fresh_rows
+  const Bits *fresh_k, *fresh_v;  // the same of kFreshRows, where there are fresh keys
   const int *q_block, *k_block;
   int ld_k, ld_v, ld_q_block, ld_k_block;
   int prefix, fresh;            // keys
-  int prefix_rows, fresh_rows;  // of a block, padded: together a multiple of 16
+  int prefix_rows, fresh_rows;  // of a block, padded: together a multiple of 16; kFreshRows or 0
   int heads_per_key,
-      columns;  // query heads of a key head; groups of 64 columns of the output a cluster has, 1 or 2
+      columns;  // query heads of a key head; groups of 64 columns of the output a cluster has, 1, 2 or 4
   int kv_heads;
 };
 struct EulerPart {
@@ -107,7 +112,7 @@ struct Phase {
   int act;     // vla::Act
   int normed;  // the sums are scaled by the rows' 1 / rms
   int residual;
-  float scale, eps, k;  // k: columns of x before padding
+  float scale, eps, mean;  // mean: 1 / columns of x before padding
   const Bits* x;
   const Bits* w;
   Bits* out;
@@ -127,16 +132,15 @@ constexpr int kMaxPhases = 100;
 
 struct Table {
   int phases, steps;
-  int m, rows;                      // rows of x; padded to 8
-  int cluster, ctas, slots, stage;  // slots of the weight ring, bytes of one
-  int x_bytes, receive;             // shared memory: [x | ring | the rest]; receive: offset in x's part
-  int barrier;                      // 0: one counter; 1: a flag a block
-  int parts;           // what runs, 15 but for timing: 1 weights, 2 barriers, 4 copies of x, 8 sums and ends;
-                       // products wherever anything but barriers does
-  unsigned* counters;  // zero before a launch: [0] the counter, [32 ...] flags
-  unsigned* report;    // see watch.cuh
-  int64_t* stamps;     // (phases * steps, 4) clocks of block 0, or null
-  int64_t patience;    // nanoseconds that a wait may take
+  int m, rows;             // rows of x; padded to 8
+  int ctas, slots, stage;  // slots of the weight ring, bytes of one
+  int x_bytes;             // shared memory: [x | exchange | ring | the rest]
+  int parts;          // what runs, 15 but for timing: 1 weights, 2 barriers, 4 copies of x, 8 sums and ends;
+                      // products wherever anything but barriers does
+  unsigned* counter;  // zero before a launch
+  unsigned* report;   // see watch.cuh
+  int64_t* stamps;    // (phases * steps, 4) clocks of block 0, or null
+  int64_t patience;   // nanoseconds that a wait may take
   // before the loop
   const float* sample;  // (m, action_n) to `actions`, an activation
   Bits* actions;
@@ -145,7 +149,7 @@ struct Table {
 };
 
 static_assert(sizeof(Table) <= 32764, "a kernel's parameters");
-inline int shared_bytes(const Table& t) { return t.x_bytes + t.slots * t.stage + kRest; }
+inline int shared_bytes(const Table& t) { return t.x_bytes + kExchange + t.slots * t.stage + kRest; }
 
 VLA_HD bool is_spread(const Phase& p) { return p.kind == Kind::kQkv || p.kind == Kind::kGated; }
 VLA_HD bool is_split(const Phase& p) { return p.kind == Kind::kLinear || p.kind == Kind::kEuler; }
@@ -156,44 +160,33 @@ struct Share {
   int tile, first, last;
   VLA_HD int count() const { return last - first; }
 };
-VLA_HD Share share_of(const Phase& p, int cta, int cluster) {
+VLA_HD Share share_of(const Phase& p, int cta) {
   if (is_spread(p)) return {cta, 0, cta < p.tiles ? p.chunks : 0};
-  const int tile = cta / cluster, rank = cta % cluster;
+  const int tile = cta / kCluster, rank = cta % kCluster;
   if (!is_split(p) || tile >= p.tiles) return {tile, 0, 0};
   const int first = rank * p.each < p.chunks ? rank * p.each : p.chunks;
   return {tile, first, first + p.each < p.chunks ? first + p.each : p.chunks};
 }
 // Chunks of x that arrive in a block. Multicast reaches all blocks of a cluster in which any has a tile.
-VLA_HD int arriving(const Phase& p, int cta, int cluster) {
-  if (is_spread(p)) return cta / cluster * cluster < p.tiles ? p.chunks : 0;
-  return share_of(p, cta, cluster).count();
+VLA_HD int arriving(const Phase& p, int cta) {
+  if (is_spread(p)) return cta / kCluster * kCluster < p.tiles ? p.chunks : 0;
+  return share_of(p, cta).count();
 }
 // Blocks of a cluster that have sums to send in a split phase.
 VLA_HD int senders(const Phase& p) { return divide_up(p.chunks, p.each); }
 
-// Clusters of 8, 7 or 4 blocks. The multiprocessors come in groups that a cluster does not cross; 132 of them
-// are mostly groups of 16 and 18, and where one of the eight groups has 14 only 15 clusters of 8 or 31 of 4
-// fit. 16 of 7 still do.
-// Groups of 8 rows of the sums: `owned_groups` of the `rows / 8` are finished by block `rank`, from its first
-// on; a cluster has room for most_rows.
-VLA_HD constexpr int groups_each(int cluster) { return 8 / cluster; }
-VLA_HD constexpr int rows_each(int cluster) { return 8 * groups_each(cluster); }
-VLA_HD constexpr int most_rows(int cluster) { return rows_each(cluster) * cluster; }
-// Columns of y that a cluster has in a split phase: 128 pieces of 4 columns for each block to finish.
-VLA_HD constexpr int split_columns(int cluster) { return 512 / rows_each(cluster); }
-// Units of 16 rows of W that a block can have of a gated product: 16 clusters of 7 need 5 of pi0.5's.
-VLA_HD constexpr int most_units(int cluster) { return cluster == 7 ? 5 : 4; }
-VLA_HD int owned_groups(int rows, int rank, int cluster) {
-  const int left = rows / 8 - rank * groups_each(cluster), each = groups_each(cluster);
-  return left <= 0 ? 0 : left < each ? left : each;
-}
+// The multiprocessors come in groups that a cluster does not cross: of 132, 15 or 16 clusters of 8 fit, as
+// the groups of a card are. So a tile of a split phase has 64 columns, or 80 where 64 would need more
+// clusters.
+VLA_HD int owns(int rows, int rank) { return 8 * rank < rows; }  // whether a block finishes rows of sums
+// Units of 16 rows of W that a block can have: more with rotation have no room in registers.
+constexpr int kMostUnits = kWide / 16, kMostQkvUnits = 2;
 
 // Whether a block's warps have anything to do in a phase (else the loader reports it done).
-VLA_HD bool is_busy(const Phase& p, int cta, int rows, int cluster) {
-  if (is_spread(p)) return arriving(p, cta, cluster) > 0;
-  if (cta / cluster >= p.tiles) return false;
-  return p.kind == Kind::kAttention || share_of(p, cta, cluster).count() > 0 ||
-         owned_groups(rows, cta % cluster, cluster) > 0;
+VLA_HD bool is_busy(const Phase& p, int cta, int rows) {
+  if (is_spread(p)) return arriving(p, cta) > 0;
+  if (cta / kCluster >= p.tiles) return false;
+  return p.kind == Kind::kAttention || share_of(p, cta).count() > 0 || owns(rows, cta % kCluster);
 }
 
 // ---- x by multicast: a chunk in pieces of rows, piece i by block i mod cluster
@@ -259,19 +252,16 @@ VLA_HD int shift_row(const Phase& p, int part, int column) {
 }
 
 // ---- keys and values: block `rank` of a cluster has prefix rows [rank * prefix_rows, ...), then fresh rows
-VLA_HD unsigned key_index(int head, int rank, int chunks, int rows_each, int row, int col, int cluster) {
+VLA_HD unsigned key_index(int head, int rank, int chunks, int rows_each, int row, int col) {
   const unsigned r = row, c = col;
-  return ((static_cast<unsigned>(head * cluster + rank) * chunks + (c >> 6)) * rows_each + r) * kChunk +
+  return ((static_cast<unsigned>(head * kCluster + rank) * chunks + (c >> 6)) * rows_each + r) * kChunk +
          (((c >> 3 & 7) ^ (r & 7)) << 3) + (c & 7);
 }
-// Where the loop's row `row` of column `col` of k or v goes. Rows r and r + 8 are fresh_step apart.
-VLA_HD unsigned fresh_index(const Phase& p, int row, int col, int cluster) {
-  const unsigned r = row, c = col, shift = p.qkv.fresh_shift;
-  return key_index(c >> p.head_shift, r >> shift, 1 << p.head_shift >> 6, 1 << shift, r & ((1u << shift) - 1),
-                   c & ((1u << p.head_shift) - 1), cluster);
-}
-VLA_HD unsigned fresh_step(const Phase& p) {
-  return p.qkv.fresh_shift == 3 ? 8u << p.head_shift : 8u * kChunk;
+// Where the loop's row `row` of column `col` of k or v goes.
+VLA_HD unsigned fresh_index(const Phase& p, int row, int col) {
+  const unsigned r = row, c = col;
+  return key_index(c >> p.head_shift, r / kFreshRows, 1 << p.head_shift >> 6, kFreshRows, r % kFreshRows,
+                   c & ((1u << p.head_shift) - 1));
 }
 // Key number of row i of a block, -1 where there is none.
 VLA_HD int key_of(const AttentionPart& a, int rank, int i) {
@@ -290,36 +280,39 @@ VLA_HD HeadTask head_task(const Phase& p, int cluster_index) {
   const int each = p.chunks / p.attention.columns;
   return {cluster_index / each, cluster_index % each * p.attention.columns};
 }
-// Shared memory in attention: keys, values, queries; see Table::receive for the rest.
+// Shared memory in attention: keys, values, queries.
 VLA_HD int key_rows(const AttentionPart& a) { return a.prefix_rows + a.fresh_rows; }
-// What the kernel is made for, by the blocks of a cluster.
-constexpr int kKeyRows8[] = {32, 48, 80, 112}, kKeyRows7[] = {32, 48, 96, 128},
-              kKeyRows4[] = {64, 96, 160, 160};
-VLA_HD constexpr int key_rows_made(int cluster, int i) {
-  return cluster == 8 ? kKeyRows8[i] : cluster == 7 ? kKeyRows7[i] : kKeyRows4[i];
-}
+// What the kernel is made for.
+VLA_HD constexpr int key_rows_made(int i) { return i == 0 ? 32 : i == 1 ? 48 : i == 2 ? 80 : kMaxKeys; }
 VLA_HD int values_at(const Phase& p) { return p.chunks * key_rows(p.attention) * kChunkBytes; }
 VLA_HD int queries_at(const Phase& p) {
   return (p.chunks + p.attention.columns) * key_rows(p.attention) * kChunkBytes;
 }
 
-// ---- sums from block to block: 16 bytes, 4 columns of a row. Octet j of row `row` (of the owner's), half of
-// it. A store of a warp to one block is 256 contiguous bytes, and a row is read without bank conflicts.
-VLA_HD int receive_unit(int source, int row, int octet, int half, int octets, int cluster) {
-  const int group = row / 8;
-  return ((source * groups_each(cluster) + group) * octets + octet) * 16 +
-         ((2 * (row % 8) + half) ^ (2 * (octet & 7)));
+// ---- sums from block to block in a split phase: units of 16 bytes, 4 columns of a row. Octet j of row `row`
+// (of the 8 that the owner finishes), half of it; `octets`: of a tile. What two octets of a warp go to is 512
+// contiguous bytes, and a row is read without bank conflicts.
+VLA_HD int receive_unit(int source, int row, int octet, int half, int octets) {
+  return (source * octets + octet) * 16 + ((2 * row + half) ^ (2 * (octet & 7)));
 }
-VLA_HD int receive_stats(int source, int row, int cluster) {  // bytes
-  return 16384 + (source * rows_each(cluster) + row) * 8;
-}
-// Number i of the 4-column pieces that a block finishes, `columns` a row.
+// Where a split phase's sums arrive: at the end of x's part.
+VLA_HD int receive_at(const Table& t) { return t.x_bytes - kSumBytes; }
+// The 4-column piece that a thread finishes: of the first 64 columns, or of the 16 after them.
 struct Piece {
   int row, octet, half;
 };
-VLA_HD Piece piece_of(int i, int columns) {
-  const int quad = i % (columns / 4);
-  return {i / (columns / 4), quad / 2, quad % 2};
+VLA_HD Piece piece_of(int thread) {
+  const int more = thread - kGroup, quad = more < 0 ? thread % 16 : 16 + more % 4;
+  return {more < 0 ? thread / 16 : more / 4, quad / 2, quad % 2};
 }
+VLA_HD int pieces(int columns) { return kGroup + (columns - 64) * 2; }  // 64 or kWide columns
+// The part of a row's sum of squares that a thread's piece belongs to.
+VLA_HD int square_part(int thread, int tile) { return thread < kGroup ? tile : kMaxTiles + tile; }
+
+// ---- attention's, bytes: octet j of a row, 8 columns of bfloat16; then a maximum and a total a row.
+VLA_HD int receive_octet(int source, int row, int octet, int octets) {
+  return ((source * 8 + row) * octets + (octet ^ row)) * 16;
+}
+VLA_HD int receive_stats(int source, int row) { return kCluster * 8 * 256 + (source * 8 + row) * 8; }
 
 }  // namespace vla::cuda::head

@@ -1,5 +1,5 @@
-// Products of which a cluster has 64 (or 32) columns, each of its C blocks a range of k: everything as wide
-// as the hidden state, and the action's projection with the Euler step.
+// Products of which a cluster has 64 columns (or 80), each of its blocks a range of k: everything as wide as
+// the hidden state, and the action's projection with the Euler step.
 //
 // A block sends each row's sums to the block of the cluster that finishes the row, which adds them up by
 // rank: the same bits each time. The hidden state itself stays in float32 in the registers of the threads
@@ -12,44 +12,34 @@
 
 namespace vla::cuda::head {
 
-// Sends c (64, 8 J) to the blocks that finish its rows; group of rows g to block g / groups_each.
-template <int J, int C>
-__device__ __forceinline__ void send_sums(float (&acc)[4 * J], const Table& t, const Block& b,
-                                          int group_of_warps) {
-  const unsigned lane = threadIdx.x % 32, odd = lane & 1, row_group = threadIdx.x % kGroup / 32 * 2 + odd;
-  const unsigned owner = row_group / groups_each(C), row = row_group % groups_each(C) * 8 + lane / 4,
-                 half = lane % 4 / 2;
-  // lanes in pairs: the even one gets 4 columns of row r, the odd one of row r + 8
+// Sends sums of 64 rows, N columns to the blocks that finish the rows: group of 8 rows i to block i.
+template <int N>
+__device__ __forceinline__ void send_sums(const float (&acc)[N / 2], const Table& t, const Block& b) {
+  const unsigned lane = threadIdx.x % 32, odd = lane & 1, owner = threadIdx.x / 32 * 2 + odd;
+  const uint32_t at = cluster_address(b.base + receive_at(t), owner);
+  const uint32_t barrier = cluster_address(b.sums(2), owner);
 #pragma unroll
-  for (int j = 0; j < J; ++j) {
+  for (int j = 0; j < N / 8; ++j) {
+    // lanes in pairs: the even one gets 4 columns of row r, the odd one of row r + 8
     const float x = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j] : acc[4 * j + 2], 1);
     const float y = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j + 1] : acc[4 * j + 3], 1);
-    if (odd) {
-      acc[4 * j] = x, acc[4 * j + 1] = y;
-    } else {
-      acc[4 * j + 2] = x, acc[4 * j + 3] = y;
-    }
-  }
-  if (row_group * 8 >= static_cast<unsigned>(t.rows)) return;
-  const uint32_t at = cluster_address(b.base + t.receive + group_of_warps * kReceive, owner);
-  const uint32_t barrier = cluster_address(b.sums(group_of_warps), owner);
-#pragma unroll
-  for (int j = 0; j < J; ++j) {
-    send4(at + receive_unit(b.rank, row, j, half, J, C) * 16, barrier,
-          make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+    if (owner * 8 >= static_cast<unsigned>(t.rows)) continue;
+    send4(at + receive_unit(b.rank, lane / 4, j, lane % 4 / 2, N / 8) * 16, barrier,
+          odd ? make_float4(x, y, acc[4 * j + 2], acc[4 * j + 3])
+              : make_float4(acc[4 * j], acc[4 * j + 1], x, y));
   }
 }
 // The sum, by rank, of what `sources` blocks sent for a piece.
-template <int J, int C>
+template <int N>
 __device__ __forceinline__ float4 received_sum(uint32_t from, const Piece& piece, int sources) {
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-  for (int r = 0; r < C; ++r) {
+  for (int r = 0; r < kCluster; ++r) {
     if (r >= sources) break;
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(from + receive_unit(r, piece.row, piece.octet, piece.half, J, C) * 16)
+                 : "r"(from + receive_unit(r, piece.row, piece.octet, piece.half, N / 8) * 16)
                  : "memory");
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
@@ -61,16 +51,17 @@ __device__ __forceinline__ float4 read4(const float* p, int i, bool there, float
   return __ldg(reinterpret_cast<const float4*>(p + i));
 }
 
-template <int C>
+template <int N>
 __device__ __forceinline__ void split_phase(const Table& t, const Block& b, const Phase& p, int step,
                                             unsigned g, Carried& state, Watch& w) {
-  constexpr int N = split_columns(C);
   const bool copies = t.parts & 4;
-  const Share s = share_of(p, b.cta, C);
-  const Piece piece = piece_of(threadIdx.x, N);
-  const int owned = owned_groups(t.rows, b.rank, C), row = b.rank * rows_each(C) + piece.row;
-  const int column = s.tile * N + piece.octet * 8 + piece.half * 4;
-  const bool valid = column < p.n && row < t.m;
+  const int thread = threadIdx.x, group = warp_index() / 4;
+  const Share s = share_of(p, b.cta);
+  const Shape shape = shape_of(t, p, b, s, 0, state);
+  const Piece piece = piece_of(thread);
+  const bool owner = owns(t.rows, b.rank) && (t.parts & 8), mine = owner && thread < pieces(N);
+  const int row = b.rank * 8 + piece.row, column = s.tile * N + piece.octet * 8 + piece.half * 4;
+  const bool valid = mine && column < p.n && row < t.m;
   const float4 bias = read4(p.bias.at(step), column, valid, 0.0f),
                shift = read4(p.shift.at(step), column, valid, 0.0f);
   const float4 gate = read4(p.gate.at(step), column, valid, 1.0f);
@@ -78,26 +69,29 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
   if (p.next.p != nullptr)
     next.x += p.next_plus, next.y += p.next_plus, next.z += p.next_plus, next.w += p.next_plus;
   const int sources = senders(p);
-  if (owned > 0 && threadIdx.x == 0 && (t.parts & 8)) barrier_expect(b.sums(0), sources * owned * 8 * N * 4);
-  float acc[N / 2];
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
+  if (owner && thread == 0) barrier_expect(b.sums(2), sources * 8 * N * 4);
   if (s.count() > 0) {
-    if (copies) wait_on(b.x_full(0), state.x_parity & 1, w, kForX, 0);
+    if (copies) wait_on(b.x_full(), state.x_parity, w, kForX, 0);
+    state.x_parity ^= 1;
     stamp(t, g, 1);
-    multiply<N>(acc, t, b, p, s, state, w);
-    if (copies) state.x_parity ^= (1u << s.count()) - 1;
-    stamp(t, g, 2);
-    if (t.parts & 8) send_sums<N / 8, C>(acc, t, b, 0);
+    if (group == 0) {
+      float acc[N / 2];
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
+      multiply<N, 1>(acc, t, b, shape, 0, w);
+      stamp(t, g, 2);
+      if (t.parts & 8) send_sums<N>(acc, t, b);
+    }
   }
-  if (owned > 0 && (t.parts & 8)) {
-    wait_on(b.sums(0), state.sums_parity, w, kForSums, 0);
-    state.sums_parity ^= 1;
+  if (owner) {
+    wait_on(b.sums(2), state.split_parity, w, kForSums, 2);
+    state.split_parity ^= 1;
+  }
+  if (mine) {
     // (columns past the end hold what the ring happened to; they are dropped here)
-    float4 v = received_sum<N / 8, C>(b.base + t.receive, piece, sources);
+    float4 v = received_sum<N>(b.base + receive_at(t), piece, sources);
     float y[4] = {v.x, v.y, v.z, v.w};
     if (p.normed && valid) {
-      // the parts of one row, which N / 4 neighbours finish
       const float4* parts = reinterpret_cast<const float4*>(p.squares_in + row * kSquareParts);
       float sum = 0.0f;
 #pragma unroll
@@ -105,7 +99,7 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
         const float4 q = __ldcg(parts + i);
         sum += (q.x + q.y) + (q.z + q.w);
       }
-      const float rms = rsqrtf(sum / p.k + p.eps);
+      const float rms = rsqrtf(sum * p.mean + p.eps);
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] *= rms;
     }
@@ -142,14 +136,16 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
         Bits* to = p.out + act_index(t.rows, row, column);
         *reinterpret_cast<uint2*>(to) = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
       }
-#pragma unroll
-      for (int o = N / 8; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
-      if (p.squares_out != nullptr && threadIdx.x % (N / 4) == 0 && row < t.m) {
-        p.squares_out[row * kSquareParts + s.tile] = squares;
+      if (p.squares_out != nullptr) {
+        // 16 lanes have a row of the first 64 columns, 4 a row of the others; a whole warp is of one kind
+        const int lanes = thread < kGroup ? 16 : 4;
+        for (int o = lanes / 2; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
+        if (thread % lanes == 0 && row < t.m)
+          p.squares_out[row * kSquareParts + square_part(thread, s.tile)] = squares;
       }
     }
   }
-  finish(t, g, kGroup);
+  finish(t, g, kConsumers);
 }
 
 }  // namespace vla::cuda::head

@@ -10,12 +10,14 @@
 
 namespace vla::cuda::head {
 
-// What goes with a unit of 16 columns, read while x is on its way: a thread has columns c, c + 1 of both
-// groups of 8. (Straight code is what this kernel's time is made of, so: no divisions, and nothing twice.)
+// What goes with a unit of 16 columns, found while x is on its way: a thread has columns c, c + 1 of both
+// groups of 8 of one row. (Straight code is what this kernel's time is made of, so: no divisions, nothing
+// twice, and nothing after the products that can be done before.)
 template <int U>
 struct UnitConstants {
   float2 shift[U][2];
-  float2 cosine[U][2], sine[U][2];  // of rows r and r + 8
+  float2 cosine[U], sine[U];
+  Bits *to[U], *to_high[U];  // where the group's results go; null where there is no such unit or row
 };
 
 template <Kind kKind, int U>
@@ -23,21 +25,17 @@ __device__ __forceinline__ void read_constants(UnitConstants<U>& k, const Table&
                                                int units, int step, int row) {
   const int c = threadIdx.x % 4 * 2;
   const float* shift = p.shift.at(step);
-  const float* rope[2] = {};
+  const float* rope = nullptr;
   if (kKind == Kind::kQkv && p.qkv.rope != nullptr) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = min(row + 8 * h, t.m - 1);
-      const int position = __ldg(p.qkv.positions + r * p.qkv.ld_positions);
-      const bool inside = static_cast<unsigned>(position) < static_cast<unsigned>(p.qkv.rope_rows);
-      rope[h] = p.qkv.rope + static_cast<int64_t>(inside ? position : 0) * p.qkv.ld_rope + c;
-    }
+    const int r = min(row, t.m - 1), position = __ldg(p.qkv.positions + r * p.qkv.ld_positions);
+    const bool inside = static_cast<unsigned>(position) < static_cast<unsigned>(p.qkv.rope_rows);
+    rope = p.qkv.rope + static_cast<int64_t>(inside ? position : 0) * p.qkv.ld_rope + c;
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     k.shift[u][0] = k.shift[u][1] = make_float2(0.0f, 0.0f);
-    k.cosine[u][0] = k.cosine[u][1] = make_float2(1.0f, 1.0f);
-    k.sine[u][0] = k.sine[u][1] = make_float2(0.0f, 0.0f);
+    k.cosine[u] = make_float2(1.0f, 1.0f), k.sine[u] = make_float2(0.0f, 0.0f);
+    k.to[u] = k.to_high[u] = nullptr;
     const int unit = unit0 + u;
     if (unit >= units) continue;
     const Octets o = kKind == Kind::kQkv ? octets_of(p, unit) : Octets{0, unit * 8, unit * 8};
@@ -46,100 +44,81 @@ __device__ __forceinline__ void read_constants(UnitConstants<U>& k, const Table&
       k.shift[u][0] = __ldg(reinterpret_cast<const float2*>(shift + shift_row(p, o.part, o.first + c)));
       k.shift[u][1] = __ldg(reinterpret_cast<const float2*>(shift + shift_row(p, second, o.second + c)));
     }
-    if (kKind == Kind::kQkv && rope[0] != nullptr && o.part < 2) {
+    if (rope != nullptr && o.part < 2) {
       const int column = o.first & (p.head_dim - 1);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        k.cosine[u][h] = __ldg(reinterpret_cast<const float2*>(rope[h] + column));
-        k.sine[u][h] = __ldg(reinterpret_cast<const float2*>(rope[h] + p.head_dim / 2 + column));
-      }
+      k.cosine[u] = __ldg(reinterpret_cast<const float2*>(rope + column));
+      k.sine[u] = __ldg(reinterpret_cast<const float2*>(rope + p.head_dim / 2 + column));
+    }
+    if (row >= t.m) continue;
+    if (kKind == Kind::kGated || o.part == 0) {
+      k.to[u] = p.out + act_index(t.rows, row, o.first + c);
+      if (kKind == Kind::kQkv) k.to_high[u] = p.out + act_index(t.rows, row, o.second + c);
+    } else {
+      Bits* base = o.part == 1 ? p.qkv.fresh_k : p.qkv.fresh_v;
+      k.to[u] = base + fresh_index(p, row, o.first + c),
+      k.to_high[u] = base + fresh_index(p, row, o.second + c);
     }
   }
 }
 
-// This warp reads no more of x before the attention that follows phase `index`: its keys may come. For every
-// such attention that the block has a part in, once, or the loader would wait for ever; for no other, or the
+// This warp reads no more of x before the attention that follows phase `index`: its keys may come. Once for
+// every such attention that the block has a part in, or the loader would wait for ever; for no other, or the
 // barrier would get ahead of the loader.
-template <int C>
 __device__ __forceinline__ void release_x(const Table& t, const Block& b, const Phase& p, int index) {
-  if (p.kind != Kind::kQkv || !(t.parts & 4) || !is_busy(t.phase[index + 1], b.cta, t.rows, C)) return;
+  if (p.kind != Kind::kQkv || !(t.parts & 4) || !is_busy(t.phase[index + 1], b.cta, t.rows)) return;
   if (threadIdx.x % 32 == 0) barrier_arrive(b.free_x());
 }
 
-template <Kind kKind, int N, int C>
+template <Kind kKind, int N>
 __device__ __forceinline__ void spread_phase(const Table& t, const Block& b, const Phase& p, int index,
                                              int step, unsigned g, Carried& state, Watch& w) {
   constexpr int U = N / 16;
-  const int thread = threadIdx.x, row = sum_place(thread, 0).row, c = thread % 4 * 2;
-  const Share s = share_of(p, b.cta, C);
+  const int thread = threadIdx.x, group = warp_index() / 4,
+            row = sum_place(thread % kGroup, 0).row + 8 * group;
+  const Share s = share_of(p, b.cta);
+  const Shape shape = shape_of(t, p, b, s, group, state);
   const int per_tile = p.tile_rows / 16, unit0 = s.tile * per_tile, units = min(p.units, unit0 + per_tile);
   UnitConstants<U> k;
   read_constants<kKind>(k, t, p, unit0, units, step, row);
-  const int arrive = arriving(p, b.cta, C);
-  const bool copies = t.parts & 4;
-  if (copies) wait_on(b.x_full(0), state.x_parity & 1, w, kForX, 0);
+  const int act = kept(p.act);
+  const bool copies = t.parts & 4, normed = kept(p.normed);
+  const float eps = p.eps, mean = p.mean;
+  const float* squares_in = p.squares_in;
+  if (copies) wait_on(b.x_full(), state.x_parity, w, kForX, 0);
+  state.x_parity ^= 1;
   stamp(t, g, 1);
-  Squares squares[2] = {};
-  if (p.normed) squares[0] = read_squares(p, row), squares[1] = read_squares(p, row + 8);
+  Squares squares = {};
+  if (normed) squares = read_squares(squares_in, row);
   float acc[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-  if (s.count() > 0) {
-    multiply<N>(acc, t, b, p, s, state, w);
-  } else if (copies) {
-#pragma unroll 1
-    for (int i = 0; i < arrive; ++i) wait_on(b.x_full(i), state.x_parity >> i & 1, w, kForX, i);
-  }
-  if (copies) state.x_parity ^= (1u << arrive) - 1;
-  release_x<C>(t, b, p, index);
+  multiply<N, 2>(acc, t, b, shape, group, w);
+  release_x(t, b, p, index);
   stamp(t, g, 2);
-  float rms[2] = {1.0f, 1.0f};
-  if (p.normed) rms[0] = inverse_rms(p, squares[0]), rms[1] = inverse_rms(p, squares[1]);
-  if (t.parts & 8) {
-    const bool there[2] = {row < t.m, row + 8 < t.m};
+  if ((t.parts & 8) && shape.count > 0) {
+    const float rms = normed ? inverse_rms(squares, mean, eps) : 1.0f;
+    float mine[N / 4];
+    swap_rows<N>(mine, acc, b, group);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int unit = unit0 + u;
-      if (unit >= units) continue;
-      const Octets o = kKind == Kind::kQkv ? octets_of(p, unit) : Octets{0, unit * 8, unit * 8};
-      uint32_t low[2], high[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float2 first = make_float2(acc[8 * u + 2 * h], acc[8 * u + 2 * h + 1]);
-        float2 second = make_float2(acc[8 * u + 4 + 2 * h], acc[8 * u + 4 + 2 * h + 1]);
-        first.x = first.x * rms[h] + k.shift[u][0].x, first.y = first.y * rms[h] + k.shift[u][0].y;
-        second.x = second.x * rms[h] + k.shift[u][1].x, second.y = second.y * rms[h] + k.shift[u][1].y;
-        if (kKind == Kind::kGated) {
-          low[h] = pack2(quick_act(first.x, p.act) * second.x, quick_act(first.y, p.act) * second.y);
-        } else {  // (values pass: cosine 1, sine 0)
-          const float2 cosine = k.cosine[u][h], sine = k.sine[u][h];
-          low[h] = pack2(first.x * cosine.x - second.x * sine.x, first.y * cosine.y - second.y * sine.y);
-          high[h] = pack2(second.x * cosine.x + first.x * sine.x, second.y * cosine.y + first.y * sine.y);
-        }
-      }
-      // rows r and r + 8 are a fixed step apart
-      Bits *to, *to_high = nullptr;
-      unsigned apart = 8 * kChunk;
+      if (k.to[u] == nullptr) continue;
+      float2 first = make_float2(mine[4 * u], mine[4 * u + 1]),
+             second = make_float2(mine[4 * u + 2], mine[4 * u + 3]);
+      first.x = first.x * rms + k.shift[u][0].x, first.y = first.y * rms + k.shift[u][0].y;
+      second.x = second.x * rms + k.shift[u][1].x, second.y = second.y * rms + k.shift[u][1].y;
       if (kKind == Kind::kGated) {
-        to = p.out + act_index(t.rows, row, o.first + c);
-      } else if (o.part == 0) {
-        to = p.out + act_index(t.rows, row, o.first + c),
-        to_high = p.out + act_index(t.rows, row, o.second + c);
-      } else {
-        Bits* base = o.part == 1 ? p.qkv.fresh_k : p.qkv.fresh_v;
-        to = base + fresh_index(p, row, o.first + c, C),
-        to_high = base + fresh_index(p, row, o.second + c, C);
-        apart = fresh_step(p);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!there[h]) continue;
-        *reinterpret_cast<uint32_t*>(to + h * apart) = low[h];
-        if (kKind == Kind::kQkv) *reinterpret_cast<uint32_t*>(to_high + h * apart) = high[h];
+        *reinterpret_cast<uint32_t*>(k.to[u]) =
+            pack2(quick_act(first.x, act) * second.x, quick_act(first.y, act) * second.y);
+      } else {  // (values pass: cosine 1, sine 0)
+        const float2 cosine = k.cosine[u], sine = k.sine[u];
+        *reinterpret_cast<uint32_t*>(k.to[u]) =
+            pack2(first.x * cosine.x - second.x * sine.x, first.y * cosine.y - second.y * sine.y);
+        *reinterpret_cast<uint32_t*>(k.to_high[u]) =
+            pack2(second.x * cosine.x + first.x * sine.x, second.y * cosine.y + first.y * sine.y);
       }
     }
   }
-  finish(t, g, kGroup);
+  finish(t, g, kConsumers);
 }
 
 }  // namespace vla::cuda::head

@@ -19,7 +19,7 @@ enum Waiting : unsigned {
   kForSums = 4,     // detail: warpgroup
   kForKeys = 5,     // detail: 0 prefix, 1 fresh
   kForFreeX = 6,
-  kForBlocks = 7,  // detail: what the counter (or the first flag behind) should be; value: what it is
+  kForBlocks = 7,  // detail: what the counter should be; value: what it is
 };
 
 struct Watch {
@@ -78,75 +78,51 @@ __device__ __forceinline__ bool try_wait(uint32_t barrier, int parity) {
 #endif
   return done != 0;
 }
+// Out of line: where products are done every instruction that must be fetched counts.
+static __device__ __noinline__ bool wait_longer(uint32_t barrier, int parity, unsigned* report,
+                                                int64_t patience, unsigned phase, unsigned what,
+                                                unsigned detail) {
+  Watch w{report, patience, phase, false};
+  unsigned tries = 0;
+  int64_t since = 0;
+  while (!try_wait(barrier, parity)) {
+    if (enough(w, tries, since, what, detail, 0)) break;
+  }
+  return w.over;
+}
 // Waits for the end of the barrier's phase of this parity.
 __device__ __forceinline__ void wait_on(uint32_t barrier, int parity, Watch& w, unsigned what,
                                         unsigned detail) {
-  unsigned tries = 0;
-  int64_t since = 0;
-  while (!w.over && !try_wait(barrier, parity)) {
-    if (enough(w, tries, since, what, detail, 0)) break;
-  }
+  if (try_wait(barrier, parity) || w.over) return;
+  w.over = wait_longer(barrier, parity, w.report, w.patience, w.phase, what, detail);
 }
 
 // ---- between all blocks: phase number g is done when every block has said so once, after it knew that g - 1
 // was.
 //
-// What one block writes with ordinary stores, others read with the copy engine (its own "proxy"): every
-// writing thread has a proxy fence after its stores; the warps meet; one thread releases. The reader
-// acquires, and has a proxy fence before it starts a copy. By the memory model one of the two proxy fences is
-// enough (it must lie between write and read in causality order); the second costs some ten cycles and covers
-// readings of it that differ.
+// What one block writes with ordinary stores, others read with the copy engine (its own "proxy"): the writing
+// warps meet and one thread releases; the reader acquires, and has a proxy fence before it starts a copy. By
+// the memory model one such fence between write and read in causality order is enough.
 __device__ __forceinline__ void proxy_fence() {
 #if VLA_SM90
   asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void report_done(const Table& t, unsigned g) {
-  if (!(t.parts & 2)) return;
-  if (t.barrier == 0) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(t.counters) : "memory");
-  } else {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(t.counters + 32 + blockIdx.x), "r"(g + 1)
-                 : "memory");
-  }
+__device__ __forceinline__ void report_done(const Table& t) {
+  if (t.parts & 2) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(t.counter) : "memory");
 }
 // By a whole warp: all blocks are done with the first g phases.
 __device__ __forceinline__ void wait_for_blocks(const Table& t, unsigned g, Watch& w) {
   if (!(t.parts & 2) || g == 0) return;
   unsigned tries = 0;
   int64_t since = 0;
-  const int lane = threadIdx.x % 32;
-  if (t.barrier == 0) {
-    const unsigned want = g * static_cast<unsigned>(t.ctas);
-    for (;;) {
-      unsigned have;
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(t.counters) : "memory");
-      if (static_cast<int>(have - want) >= 0 || w.over) break;
-      if (enough(w, tries, since, kForBlocks, want, have)) break;
-    }
-  } else {
-    // flags of 4 blocks a lane and turn; blocks come in fours, and there is room to read a full last line
-    for (int first = 0; first < t.ctas; first += 128) {
-      const unsigned* at = t.counters + 32 + first + 4 * lane;
-      const bool mine = first + 4 * lane < t.ctas;
-      for (;;) {
-        unsigned a = g, b = g, c = g, d = g;
-        if (mine) {
-          asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                       : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-                       : "l"(at)
-                       : "memory");
-        }
-        const unsigned least = min(min(a, b), min(c, d));
-        if (__all_sync(0xffffffffu, least >= g || w.over)) break;
-        if (__any_sync(0xffffffffu, enough(w, tries, since, kForBlocks, g, least))) {
-          w.over = true;
-          break;
-        }
-      }
-    }
+  const unsigned want = g * static_cast<unsigned>(t.ctas);
+  for (;;) {
+    unsigned have;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(t.counter) : "memory");
+    if (static_cast<int>(have - want) >= 0 || w.over) break;
+    if (enough(w, tries, since, kForBlocks, want, have)) break;
   }
-  if (t.barrier != 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
   proxy_fence();
 }
 
@@ -177,11 +153,11 @@ __device__ __forceinline__ void copy_to_all(uint32_t to, const void* from, int b
   (void)to, (void)from, (void)bytes, (void)barrier, (void)mask;
 #endif
 }
-// Two numbers to another block of the cluster, counted by its barrier.
-__device__ __forceinline__ void send2(uint32_t to, uint32_t barrier, float x, float y) {
+// Eight bytes to another block of the cluster, counted by its barrier.
+__device__ __forceinline__ void send2(uint32_t to, uint32_t barrier, uint32_t x, uint32_t y) {
 #if VLA_SM90
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
-               "f"(x), "f"(y), "r"(barrier)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "r"(x), "r"(y), "r"(barrier)
                : "memory");
 #else
   (void)to, (void)x, (void)y, (void)barrier;

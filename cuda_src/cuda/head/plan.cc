@@ -1,0 +1,77 @@
+// The persistent head in a plan: its table, its weights, and what it reports.
+#include "../plan.h"
+
+#include <cstring>
+
+#include "build.h"
+#include "head.h"
+
+namespace vla::cuda {
+
+namespace {
+
+using head::Table;
+constexpr int64_t kPatience = 2'000'000'000;  // nanoseconds that a wait between blocks may take
+constexpr size_t kReportBytes = (8 + 8 * 64) * 4, kCounterBytes = 256;
+
+class Loop final : public PersistentLoop {
+ public:
+  Loop() : report_(kReportBytes) { std::memset(report_.data(), 0, kReportBytes); }
+
+  bool make(const Script& script, const Context& context, const std::vector<Known>& known, Pool& pool) {
+    std::vector<head::Fact> facts;
+    for (const Known& k : known) facts.push_back({k.stable_keys, k.shift, k.shift_step});
+    const head::Memory memory{
+        [&](size_t bytes) { return pool.take(bytes); },
+        [&](const head::Phase& p, const Weight& w) -> const head::Bits* {
+          const head::Bits*& packed = (*context.head_weights)[{w.data, p.tile_rows, p.tiles}];
+          if (packed) return packed;
+          auto* to = reinterpret_cast<head::Bits*>(pool.take(head::packed_elements(p) * 2));
+          VLA_CHECK(cudaStreamSynchronize(nullptr), "clearing memory");
+          VLA_CHECK(head::pack(to, p, static_cast<const head::Bits*>(w.data), w.n.data(),
+                               static_cast<int>(w.n.size()), w.packing == Packing::kInterleaved, w.k,
+                               context.stream),
+                    "packing for the persistent head");
+          return packed = to;
+        }};
+    head::Settings settings;
+    settings.clusters = head::resident_clusters();
+    if (!head::build(table_, script.body, script.steps, facts, settings, memory).empty()) return false;
+    table_.counter = reinterpret_cast<unsigned*>(pool.take(kCounterBytes));
+    table_.report = reinterpret_cast<unsigned*>(report_.data());
+    table_.patience = kPatience;
+    VLA_CHECK(cudaStreamSynchronize(nullptr), "clearing memory");
+    return true;
+  }
+
+  void enqueue(cudaStream_t stream) override {
+    VLA_CHECK(head::launch(table_, stream), "the persistent action head");
+  }
+
+  void check() const override {
+    const auto* report = reinterpret_cast<const unsigned*>(report_.data());
+    if (report[0] == 0) return;
+    throw DeviceLost("cuda: persistent action head: " + std::to_string(report[0]) +
+                     " waits outlasted 2 s, the first of kind " + std::to_string(report[8]) + " in phase " +
+                     std::to_string(report[9]) + " of block " + std::to_string(report[10]) +
+                     "; something else holds the GPU's multiprocessors: restart this process");
+  }
+
+ private:
+  Table table_ = {};
+  Pinned report_;  // the kernel writes it, the host reads it after a run
+};
+
+}  // namespace
+
+std::unique_ptr<PersistentLoop> persistent_loop(const Script& script, const Context& context,
+                                                const std::vector<Known>& known, Pool& pool) {
+  if (context.arch != 90 || script.steps < 1) return nullptr;
+  for (const Op& op : script.body) {  // weights must be of the layout that is packed anew
+    if (const void* w = weight_of(op); w && context.layout(op) != Layout::kFragments) return nullptr;
+  }
+  auto loop = std::make_unique<Loop>();
+  return loop->make(script, context, known, pool) ? std::move(loop) : nullptr;
+}
+
+}  // namespace vla::cuda
