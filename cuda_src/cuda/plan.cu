@@ -107,7 +107,7 @@ class CudaPlan final : public Plan {
 
   std::vector<double> profile() override {
     run();  // inputs are where they belong
-    return cuda::profile(script_, context_, known_);
+    return cuda::profile(script_, context_, known_, loop_.get());
   }
 
   void run() override {

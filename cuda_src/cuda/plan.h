@@ -15,6 +15,8 @@ namespace vla::cuda {
 // share them.
 using HeadWeights = std::map<std::tuple<const void*, int, int>, const uint16_t*>;
 
+class PersistentLoop;
+
 struct Context {
   cudaStream_t stream = nullptr;
   int sms = 0, arch = 0;
@@ -60,7 +62,8 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
 
 // Seconds of each operation, `before`, `body` (all steps together) and `after`, from runs of the whole of
 // them.
-std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known);
+std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
+                            PersistentLoop* loop);
 
 // The whole loop as one kernel (head/plan.cc).
 class PersistentLoop {

@@ -50,16 +50,18 @@ std::vector<double> time_between_marks(const Context& context,
 
 }  // namespace
 
-// The three parts of the script are timed as they run, one launch overlapping the next; a part's operations
-// are timed one by one, and share the part's time in proportion.
-std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known) {
+// The three parts of the script are timed as they run, one launch overlapping the next, the loop as one
+// kernel where it is; a part's operations are timed one by one, and share the part's time in proportion.
+std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
+                            PersistentLoop* loop) {
   const std::vector<double> parts = time_between_marks(context, [&](const std::function<void()>& mark) {
     Sequence at;
     mark();
     enqueue(script.before, context, 0, at);
     mark();
     at.first = true;
-    for (int step = 0; step < script.steps; ++step) {
+    if (loop) loop->enqueue(context.stream);
+    for (int step = 0; step < (loop ? 0 : script.steps); ++step) {
       at.parts = 0;
       enqueue(script.body, context, step, at, known);
     }
