@@ -425,6 +425,10 @@ def test_model_card_states_what_was_written_down(tmp_path: Path, capsys: pytest.
     ):
         assert part in card
     assert "| another cube's | contract | 140 ms | touch | 90.0 % | 80.0 to 95.0 % | 50 |" in card
+    assert "| all |" not in card  # of one kind it would say the same again
+    result.write_text(json.dumps({"options": how, "by_kind": {"touch": rate, "pick": rate}, "success": rate}))
+    assert training(["card", str(policy), str(result)]) == 0
+    assert "| 140 ms | all | 90.0 % |" in capsys.readouterr().out
 
 
 def test_every_instruction_fits_the_training_prompt(setup: Setup) -> None:

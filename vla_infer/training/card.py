@@ -82,9 +82,11 @@ def _measured(results: list[dict[str, Any]]) -> list[str]:
             f"| {'policy' if o['policy'] else 'expert'} | {device} | {said} | {o['scheduler'] or 'contract'} "
         )
         head += f"| {latency:.0f} ms "
+        kinds = result["by_kind"]
+        rows = kinds | ({"all": result["success"]} if len(kinds) > 1 else {})
         lines += [
             f"{head}| {kind} | {100 * r['rate']:.1f} % | {100 * r['low']:.1f} to {100 * r['high']:.1f} % | {r['of']} |"
-            for kind, r in (*result["by_kind"].items(), ("all", result["success"]))
+            for kind, r in rows.items()
         ]
     return ["\n".join(lines) + "\n"]
 
