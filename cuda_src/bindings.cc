@@ -43,6 +43,12 @@ std::vector<vla::HostMatrix> matrices(const std::vector<py::array>& parts) {
   return list;
 }
 
+vla::Bytes dense(const py::array& a) {
+  if (!py::isinstance<py::array_t<uint8_t>>(a) || !(a.flags() & py::array::c_style))
+    throw std::invalid_argument("engine: expected uint8 without gaps");
+  return {static_cast<const std::byte*>(a.data()), static_cast<size_t>(a.nbytes())};
+}
+
 // A NumPy array over memory of the program; it keeps the program alive.
 py::array over(py::object owner, const void* data, const PlaceTuple& t) {
   const auto& [store, offset, rows, cols, ld, step, dtype] = t;
@@ -140,7 +146,15 @@ PYBIND11_MODULE(_engine, m) {
            [](py::object self, int index, const PlaceTuple& t) {
              return over(self, self.cast<vla::Program&>().output(index), t);
            })
-      .def("use", &vla::Program::use)
+      // rows: uint8 arrays without gaps, None for one that is left as it is
+      .def("stage",
+           [](vla::Program& p, int index, const std::vector<std::optional<py::array>>& rows) {
+             std::vector<vla::Bytes> given;
+             for (const auto& row : rows) given.push_back(row ? dense(*row) : vla::Bytes{});
+             py::gil_scoped_release release;
+             p.stage(index, given);
+           })
+      .def("settle", &vla::Program::settle, py::call_guard<py::gil_scoped_release>())
       .def("profile", &vla::Program::profile, py::call_guard<py::gil_scoped_release>())
       .def(
           "run",

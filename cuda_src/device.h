@@ -27,6 +27,12 @@ struct Script {
   std::vector<View> inputs, outputs;  // in the order the caller knows them by
 };
 
+// What a row of an input is filled from; null leaves it as it is.
+struct Bytes {
+  const std::byte* data = nullptr;
+  size_t size = 0;
+};
+
 // A script made ready for its device. Not thread-safe: one run at a time.
 class Plan {
  public:
@@ -34,8 +40,11 @@ class Plan {
   // Host memory that the caller fills (reads) before (after) run(); valid as long as the plan.
   virtual std::byte* input(int index) = 0;
   virtual const std::byte* output(int index) = 0;
-  // Tells how many bytes of an input are in use from now on (pictures smaller than the largest); default all.
-  virtual void use(int index, size_t bytes) = 0;
+  // Begins to fill rows of an input, and to send to the device what of them was filled (pictures smaller than
+  // the largest). Where other threads do it, it goes on until settle(), which run() calls: `rows` must not
+  // change before, other inputs may. run() sends all of an input that was not staged since the last run.
+  virtual void stage(int index, const std::vector<Bytes>& rows) = 0;
+  virtual void settle() {}
   // Everything from the inputs to the outputs; returns when the outputs can be read. Allocates nothing.
   virtual void run() = 0;
   // As run(), with the seconds that each operation took: `before`, then `body` (all steps together), then
@@ -75,6 +84,7 @@ class Device {
 
 // instruction_set: one of runnable_kernels() (cpu/kernels.h), "" for the best.
 std::unique_ptr<Device> make_cpu_device(DType act, int threads, const std::string& instruction_set);
-std::unique_ptr<Device> make_cuda_device(DType act, int index);  // in builds with CUDA
+// In builds with CUDA. threads: of the host that fill inputs, the caller's included; 0: a few.
+std::unique_ptr<Device> make_cuda_device(DType act, int index, int threads);
 
 }  // namespace vla

@@ -69,7 +69,7 @@ std::unique_ptr<Device> make_device(const std::string& name, DType act, int thre
   if (name == "cpu") return make_cpu_device(act, threads, "");
   if (name.starts_with("cpu:")) return make_cpu_device(act, threads, name.substr(4));
 #ifdef VLA_WITH_CUDA_DEVICE
-  if (name == "cuda") return make_cuda_device(act, 0);
+  if (name == "cuda") return make_cuda_device(act, 0, threads);
 #else
   if (name == "cuda") {
     throw std::runtime_error("engine: device 'cuda': this build has no CUDA executor; use device 'cpu'");
@@ -170,6 +170,7 @@ struct Program::Impl {
     int64_t step;
   };
   std::vector<Moving> moving;
+  std::vector<View> inputs;  // of the plan
 
   // The view of a place, within its memory at the first step; of what moves with the loop it keeps note.
   View view(const Place& p, const std::string& name) {
@@ -201,7 +202,7 @@ struct Program::Impl {
 };
 
 Program::Program(Engine& engine, size_t table_bytes)
-    : impl_(std::make_unique<Impl>(Impl{*engine.impl_, nullptr, table_bytes, {}, {}, nullptr, {}})) {
+    : impl_(std::make_unique<Impl>(Impl{*engine.impl_, nullptr, table_bytes, {}, {}, nullptr, {}, {}})) {
   check_size(table_bytes);
   if (table_bytes) impl_->tables = engine.impl_->device->allocate(table_bytes);
   engine.impl_->table_size += table_bytes;
@@ -242,6 +243,7 @@ void Program::finish(int steps, const std::vector<Place>& inputs, const std::vec
   impl_->script.steps = steps;
   for (const Place& p : inputs) impl_->script.inputs.push_back(impl_->view(p, "an input"));
   for (const Place& p : outputs) impl_->script.outputs.push_back(impl_->view(p, "an output"));
+  impl_->inputs = impl_->script.inputs;
   impl_->plan = impl_->engine.device->plan(std::move(impl_->script));
 }
 
@@ -254,7 +256,21 @@ Plan& finished(const std::unique_ptr<Plan>& plan) {
 
 std::byte* Program::input(int index) { return finished(impl_->plan).input(index); }
 const std::byte* Program::output(int index) { return finished(impl_->plan).output(index); }
-void Program::use(int index, size_t bytes) { finished(impl_->plan).use(index, bytes); }
+void Program::stage(int index, const std::vector<Bytes>& rows) {
+  Plan& plan = finished(impl_->plan);
+  const View& v = impl_->inputs.at(index);
+  if (rows.size() > static_cast<size_t>(v.rows))
+    throw std::invalid_argument("program: an input of " + std::to_string(v.rows) + " rows staged with " +
+                                std::to_string(rows.size()));
+  const size_t room = v.cols * size_of(v.dtype);
+  for (const Bytes& row : rows) {
+    if (row.size > room)
+      throw std::invalid_argument("program: an input with rows of " + std::to_string(room) +
+                                  " bytes staged with " + std::to_string(row.size));
+  }
+  plan.stage(index, rows);
+}
+void Program::settle() { finished(impl_->plan).settle(); }
 void Program::run() { finished(impl_->plan).run(); }
 std::vector<double> Program::profile() { return finished(impl_->plan).profile(); }
 

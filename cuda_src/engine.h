@@ -37,7 +37,7 @@ enum class Phase : int { kAtLoad = 0, kBefore = 1, kLoop = 2, kAfter = 3 };
 class VLA_API Engine {
  public:
   // device: "cpu", "cpu:" and an instruction set, or "cuda" (throws std::runtime_error where it cannot be
-  // had); threads 0: all processors.
+  // had); threads: of the CPU, 0: all processors; on a GPU those that fill its inputs, 0: a few.
   Engine(const std::string& device, DType act, int threads);
   ~Engine();
   Engine(const Engine&) = delete;
@@ -75,7 +75,9 @@ class VLA_API Program {
   void finish(int steps, const std::vector<Place>& inputs, const std::vector<Place>& outputs);
   std::byte* input(int index);
   const std::byte* output(int index);
-  void use(int index, size_t bytes);
+  // Fills rows of an input, see Plan::stage; throws std::invalid_argument where one is too long.
+  void stage(int index, const std::vector<Bytes>& rows);
+  void settle();
   void run();
   // Seconds of each operation that is not run at load, in the order they were added.
   std::vector<double> profile();

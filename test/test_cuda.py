@@ -17,9 +17,10 @@ from vla_infer.calibration import Runner
 from vla_infer.checkpoint import read_checkpoint
 from vla_infer.cli import main
 from vla_infer.engine import Engine, Program
-from vla_infer.errors import EngineError
+from vla_infer.errors import EngineError, ObservationError
 from vla_infer.first_observations import load_calibrating
 from vla_infer.fp8 import FILE, in_fp8, products, read_scales
+from vla_infer.inputs import TapeObservation, fill_inputs
 from vla_infer.models import FAMILIES
 from vla_infer.observations import random_observations
 from vla_infer.policy import load_policy
@@ -102,6 +103,42 @@ def test_policies_side_by_side() -> None:
         for made, want in zip(programs, alone, strict=True):
             made.run()
             np.testing.assert_array_equal(made.result("actions"), want)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_staged_pictures_are_those_filled_by_hand(threads: int) -> None:
+    """Of other sizes from call to call, up to the largest, one left out, cut out of a larger one; on two programs that
+    share an arena, and after a call that ended while they were on their way."""
+    m = golden_model("smolvla")
+    policy = load_policy(m.ckpt.path, device="cuda", precision="bf16", threads=threads)
+    random = np.random.default_rng(0)
+    state = random.standard_normal(policy.info.state_dim).astype(np.float32)
+    cameras = policy.info.cameras
+    sizes = ((480, 640), (37, 51), (1080, 1920), (1, 1), (241, 333))
+    tasks = ("pick up the cube", "a much longer instruction that needs a bucket of its own, surely")
+    seen_already = []
+    for turn in range(20):
+        noise = random.standard_normal((policy.info.horizon, 32), np.float32)
+        height, width = sizes[turn % len(sizes)]
+        images = {camera: random.integers(0, 256, (height, width + 9, 3), np.uint8) for camera in cameras}
+        images = {camera: image[:, 9 * (turn % 2) :][:, :width] for camera, image in images.items()}
+        if turn % 3 == 2:
+            images.pop(cameras[turn % 2])
+        if turn % 4 == 3:
+            with pytest.raises(ObservationError):
+                policy.predict(images, state, tasks[turn % 2], noise=noise[:1])
+        staged = policy.predict(images, state, tasks[turn % 2], noise=noise)
+
+        encoded = policy._processors.encode(state, tasks[turn % 2])
+        made = policy._program(len(encoded.tokens))
+        pictures = [images.get(camera) for camera in cameras]
+        observation = TapeObservation(pictures, encoded.state, encoded.tokens, noise)
+        made.inputs["frames"][...] = 0
+        fill_inputs(made.inputs, policy._model, policy._sizes, observation)
+        made.run()
+        np.testing.assert_array_equal(staged, policy._processors.decode(made.result("actions"), state))
+        assert all(relative(staged, other) > 1e-3 for other in seen_already)
+        seen_already.append(staged)
 
 
 def test_float32_is_refused() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from op_cases import image_patches, make
 
 from vla_infer import _engine
 from vla_infer.engine import Engine
@@ -98,6 +99,38 @@ def test_result_is_the_callers_own() -> None:
     program.run()
     assert (first == 1.0).all()
     assert (program.result("y") == 3.0).all()
+
+
+def test_stage_fills_rows() -> None:
+    """Arrays of any shape and stride from the start of their rows; the rest of a row, and a row without an array, stay
+    as they are."""
+    program = Engine([make(image_patches, 0).tape], lambda name: np.empty(0), threads=1).programs[0]
+    frames = program.inputs["frames"]
+    frames[...] = 7
+    want = frames.copy()
+    random = np.random.default_rng(0)
+    whole = random.integers(0, 256, want.shape[1], np.uint8)
+    cut = random.integers(0, 256, (20, 40, 3), np.uint8)[:, 5:31]
+    want[0], want[2, : cut.size] = whole, cut.reshape(-1)
+    program.stage("frames", [whole, None, cut])
+    program.settle()
+    np.testing.assert_array_equal(frames, want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([np.zeros(33 * 160 + 1, np.uint8)], "rows of 5280 bytes staged with 5281"),
+        ([None] * 5, "input of 4 rows staged with 5"),
+        ([np.zeros(3, np.float32)], "expected uint8"),
+    ],
+)
+def test_stage_refuses(rows: list[np.ndarray | None], message: str) -> None:
+    program = Engine([make(image_patches, 0).tape], lambda name: np.empty(0), threads=1).programs[0]
+    program.inputs["frames"][...] = 7
+    with pytest.raises(EngineError, match=message):
+        program.stage("frames", rows)
+    assert (program.inputs["frames"] == 7).all()
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ class Program:
         self.inputs = {name: self._native.input(i, p) for i, (name, p) in enumerate(inputs)}
         self.outputs = {name: self._native.output(i, p) for i, (name, p) in enumerate(outputs)}
         self._index = {name: i for i, (name, _) in enumerate(inputs)}
+        self._staged: list[Array | None] = []  # what is being copied
 
     def _place(self, t: Tensor) -> Place:
         dtype = "e4m3" if t.buffer.id in self._e4m3 else t.dtype
@@ -105,9 +106,21 @@ class Program:
             store, offset = _ARENA, offset + self._layout.arena[t.buffer.id]
         return (store, offset, t.rows, t.cols, t.buffer.cols, t.step * t.buffer.cols * size, code)
 
-    def use(self, name: str, size: int) -> None:
-        """Only the first `size` bytes of each row of input `name` matter from now on (smaller pictures)."""
-        self._native.use(self._index[name], size)
+    def stage(self, name: str, rows: Sequence[Array | None]) -> None:
+        """Begin to fill the rows of input `name` from uint8 arrays of any shape; None, or a row that is not given,
+        leaves one as it is, and so does an array that is shorter with the rest of its row.
+
+        On a GPU other threads copy, and what was copied is sent at once: until `settle` or `run` returns, the arrays
+        must stay as they are, while other inputs can be filled. The next `run` sends no more of this input.
+        Raises EngineError for an array of another type, or longer than a row.
+        """
+        self._staged = [None if row is None else np.ascontiguousarray(row) for row in rows]
+        self._native.stage(self._index[name], self._staged)
+
+    def settle(self) -> None:
+        """Return when the arrays given to `stage` are no longer needed. Raises as `run`."""
+        self._native.settle()
+        self._staged = []
 
     def run(self, times: int = 1) -> None:
         """Inputs to outputs, `times` times over, without the interpreter's lock.
@@ -154,7 +167,7 @@ class Engine:
     `read` gives a tensor of the checkpoint by name, float32 or bfloat16 bits as uint16; it is asked once for each
     use and the array is let go after packing. precision: "fp32", "bf16", on the CPU "int8" (see `in_int8`), or on
     a GPU of compute capability 9.0 "fp8" (see `vla_infer.fp8`), which needs the policy's scales. threads: None takes
-    every processor.
+    every processor; on a GPU, those that `Program.stage` copies with, None takes a few.
     Raises EngineError where the device is not to be had or cannot run an operation.
     """
 

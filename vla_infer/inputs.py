@@ -40,22 +40,26 @@ def empty_inputs(tape: Tape) -> Arrays:
     return {name: np.zeros((t.rows, t.cols), DTYPES[t.dtype]) for name, t in tape.inputs.items()}
 
 
-def fill_inputs(inputs: Mapping[str, Array], model: ModuleType, sizes: Any, seen: TapeObservation) -> int:
+def fill_inputs(inputs: Mapping[str, Array], model: ModuleType, sizes: Any, seen: TapeObservation) -> None:
     """Write an observation into a tape's inputs, all of them.
 
-    model: the family's module, `sizes` what its tape was recorded with. Returns how many bytes of the longest row
-    of `frames` matter: a picture may be smaller than its place.
+    model: the family's module, `sizes` what its tape was recorded with.
     """
-    used = 0
+    for i, image in enumerate(seen.images):
+        if image is not None:
+            inputs["frames"][i, : image.size].reshape(image.shape)[...] = image
+    fill_beside_frames(inputs, model, sizes, seen)
+
+
+def fill_beside_frames(
+    inputs: Mapping[str, Array], model: ModuleType, sizes: Any, seen: TapeObservation
+) -> None:
+    """As `fill_inputs`, without the pictures themselves: `frames` is left as it is."""
     inputs["geometry"][...] = 0
     for i, image in enumerate(seen.images):
-        if image is None:
-            continue
-        height, width = image.shape[:2]
-        size = height * width * 3
-        inputs["frames"][i, :size].reshape(height, width, 3)[...] = image
-        inputs["geometry"][i] = sizes.vision.geometry(height, width, 3 * width)
-        used = max(used, size)
+        if image is not None:
+            height, width = image.shape[:2]
+            inputs["geometry"][i] = sizes.vision.geometry(height, width, 3 * width)
     inputs["tokens"][:] = 0
     inputs["tokens"][: len(seen.tokens), 0] = seen.tokens
     if "state" in inputs:  # π0.5 has it as text in the prompt
@@ -67,7 +71,6 @@ def fill_inputs(inputs: Mapping[str, Array], model: ModuleType, sizes: Any, seen
     inputs["actions"][...] = seen.noise
     for name in ("rtc_previous", "rtc_weight", "rtc_gain"):
         inputs[name][...] = seen.guide.get(name, 0)
-    return used
 
 
 @lru_cache(maxsize=64)

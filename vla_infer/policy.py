@@ -16,7 +16,7 @@ from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import Engine, Program
 from vla_infer.errors import CheckpointError, EngineError, ObservationError
 from vla_infer.fp8 import policy_scales
-from vla_infer.inputs import TapeObservation, fill_inputs
+from vla_infer.inputs import TapeObservation, fill_beside_frames
 from vla_infer.models import FAMILIES
 from vla_infer.processors import build_processors
 from vla_infer.reference_engine import ReferenceEngine, ReferenceProgram, make_engine
@@ -171,14 +171,19 @@ class Policy:
             encoded = self._processors.encode(raw, task)
             program = self._program(len(encoded.tokens))
             inputs = program.inputs
-            seen = TapeObservation(
-                images=self._images(images),
-                state=encoded.state,
-                tokens=encoded.tokens,
-                noise=self._noise(inputs["actions"].shape, noise),
-                guide=self._guide(inputs["rtc_previous"].shape, rtc, raw),
-            )
-            program.use("frames", fill_inputs(inputs, self._model, self._sizes, seen))
+            pictures = self._images(images)
+            program.stage("frames", pictures)
+            try:  # meanwhile
+                seen = TapeObservation(
+                    images=pictures,
+                    state=encoded.state,
+                    tokens=encoded.tokens,
+                    noise=self._noise(inputs["actions"].shape, noise),
+                    guide=self._guide(inputs["rtc_previous"].shape, rtc, raw),
+                )
+                fill_beside_frames(inputs, self._model, self._sizes, seen)
+            finally:
+                program.settle()
             ready = time.perf_counter()
             program.run()
             ran = time.perf_counter()
@@ -313,7 +318,7 @@ def load_policy(
             with device "reference", "fp8": 8-bit floating point in the vision encoder and the prefix, by the scales
             that `vla-infer calibrate` wrote.
         num_steps: denoising steps; None takes what the checkpoint says.
-        threads: of the CPU engine, None for one a processor.
+        threads: of the CPU engine, None for one a processor; on a GPU, those that copy pictures to it, None for 3.
         max_image: the largest picture (height, width) that `predict` will be given; only the product matters.
 
     Raises:

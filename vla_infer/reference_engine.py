@@ -37,8 +37,14 @@ class ReferenceProgram:
         self.inputs = empty_inputs(tape)
         self._results: dict[str, Array] = {}
 
-    def use(self, name: str, size: int) -> None:
-        """Nothing to gain here from smaller pictures."""
+    def stage(self, name: str, rows: Sequence[Array | None]) -> None:
+        """As `engine.Program.stage`, done when it returns."""
+        for place, row in zip(self.inputs[name], rows, strict=False):
+            if row is not None:
+                place[: row.size] = row.reshape(-1)
+
+    def settle(self) -> None:
+        """Nothing is under way here."""
 
     def run(self, times: int = 1) -> None:
         """Inputs to outputs."""

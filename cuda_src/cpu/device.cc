@@ -100,7 +100,14 @@ class CpuPlan final : public Plan {
         outputs_(std::move(script.outputs)) {}
   std::byte* input(int index) override { return inputs_.at(index).base; }
   const std::byte* output(int index) override { return outputs_.at(index).base; }
-  void use(int, size_t) override {}
+  void stage(int index, const std::vector<Bytes>& rows) override {
+    const View& v = inputs_.at(index);
+    std::byte* to = v.base;
+    for (const Bytes& row : rows) {
+      if (row.data) std::memcpy(to, row.data, row.size);
+      to += v.ld * static_cast<int64_t>(size_of(v.dtype));
+    }
+  }
   void run() override;
   std::vector<double> profile() override;
 

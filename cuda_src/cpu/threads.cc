@@ -55,14 +55,14 @@ void pin(std::thread& thread, int processor) {
 
 }  // namespace
 
-Threads::Threads(int count) {
+Threads::Threads(int count, Bound bound) {
   const std::vector<int> processors = allowed_processors();
   if (count <= 0) count = static_cast<int>(processors.size());
   workers_.reserve(count > 1 ? count - 1 : 0);
   for (int i = 1; i < count; ++i) {
     workers_.emplace_back([this, i] { work(i); });
     // The first processor is left to the caller and to the control thread of the robot.
-    pin(workers_.back(), processors[i % processors.size()]);
+    if (bound == Bound::kToProcessors) pin(workers_.back(), processors[i % processors.size()]);
   }
 }
 
@@ -94,6 +94,9 @@ void Threads::fork(int items, Call call, const void* self) {
   open_.store(items, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
+}
+
+void Threads::finish() {
   while (take(0)) {
   }
   for (int looks = 0, left; (left = pending_.load(std::memory_order_acquire)) != 0;) {

@@ -11,9 +11,11 @@ namespace vla {
 
 class Threads {
  public:
+  enum class Bound { kToProcessors, kNowhere };
+
   // `count` threads in all, the caller of run() being one of them; 0 takes the processors this process may
   // use.
-  explicit Threads(int count);
+  explicit Threads(int count, Bound bound = Bound::kToProcessors);
   ~Threads();
   Threads(const Threads&) = delete;
   Threads& operator=(const Threads&) = delete;
@@ -31,7 +33,19 @@ class Threads {
     fork(
         items, [](const void* self, int item, int thread) { (*static_cast<const F*>(self))(item, thread); },
         &f);
+    finish();
   }
+
+  // The two halves of run(): between them the workers work and the caller does something else. `f` must stay
+  // until finish(), which returns when all items are done and may be called at any time.
+  template <typename F>
+  void start(int items, const F& f) {
+    finish();
+    fork(
+        items, [](const void* self, int item, int thread) { (*static_cast<const F*>(self))(item, thread); },
+        &f);
+  }
+  void finish();
 
  private:
   using Call = void (*)(const void*, int, int);

@@ -3,8 +3,10 @@
 
 #include <cuda_bf16.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
+#include <thread>
 
 #include "plan.h"
 
@@ -15,10 +17,14 @@ namespace {
 
 constexpr int kFewColumns = 128;
 constexpr size_t kStaging = size_t{32} << 20;
+// Threads that fill inputs where the caller does not say how many: one of them copies 5 to 10 GB/s, and more
+// than a few would not begin before the others are done.
+constexpr int kFillers = 3;
 
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(int index) {
+  CudaDevice(int index, int threads) : fillers_(threads, Threads::Bound::kNowhere) {
+    context_.fillers = &fillers_;
     VLA_CHECK(cudaSetDevice(index), "choosing GPU " + std::to_string(index));
     cudaDeviceProp properties;
     VLA_CHECK(cudaGetDeviceProperties(&properties, index), "asking about GPU " + std::to_string(index));
@@ -213,12 +219,13 @@ class CudaDevice final : public Device {
   std::byte* raw_ = nullptr;
   size_t raw_size_ = 0, weight_bytes_ = 0;
   std::vector<std::byte*> retired_;
+  Threads fillers_;
 };
 
 }  // namespace
 }  // namespace cuda
 
-std::unique_ptr<Device> make_cuda_device(DType act, int index) {
+std::unique_ptr<Device> make_cuda_device(DType act, int index, int threads) {
   if (act != DType::kBF16) {
     throw Unsupported("cuda: precision 'fp32': expected 'bf16' (float32 runs on device 'cpu')");
   }
@@ -228,7 +235,9 @@ std::unique_ptr<Device> make_cuda_device(DType act, int index) {
     throw Unsupported("cuda: GPU " + std::to_string(index) + ": " + std::to_string(count) + " usable here (" +
                       cudaGetErrorString(error) + "); check the driver, or use device 'cpu'");
   }
-  return std::make_unique<cuda::CudaDevice>(index);
+  const int processors = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return std::make_unique<cuda::CudaDevice>(index,
+                                            std::min(threads > 0 ? threads : cuda::kFillers, processors));
 }
 
 }  // namespace vla

@@ -1,6 +1,9 @@
+#include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "common.cuh"
+#include "filling.h"
 #include "plan.h"
 
 namespace vla::cuda {
@@ -38,14 +41,15 @@ __global__ void move_rows(const __grid_constant__ Moves moves) {
 struct Port {
   View view;
   std::unique_ptr<Pinned> host;  // (rows, ld): as the view is strided
-  size_t used;                   // bytes of each row that are in use
+  size_t row_bytes;
   bool by_kernel;
+  bool staged = false;  // since the last run
 
   explicit Port(const View& v)
       : view(v),
         host(std::make_unique<Pinned>(v.rows * v.ld * size_of(v.dtype))),
-        used(v.cols * size_of(v.dtype)),
-        by_kernel(v.rows * used <= kMovedByKernel && used % 4 == 0 && stride() % 4 == 0 &&
+        row_bytes(v.cols * size_of(v.dtype)),
+        by_kernel(v.rows * row_bytes <= kMovedByKernel && row_bytes % 4 == 0 && stride() % 4 == 0 &&
                   reinterpret_cast<uintptr_t>(v.base) % 4 == 0) {
     std::memset(host->data(), 0, host->bytes());
   }
@@ -55,11 +59,18 @@ struct Port {
 class CudaPlan final : public Plan {
  public:
   CudaPlan(Script plan, const Context& context, std::vector<Known> what, std::unique_ptr<PersistentLoop> loop)
-      : context_(context), script_(std::move(plan)), known_(std::move(what)), loop_(std::move(loop)) {
+      : context_(context),
+        script_(std::move(plan)),
+        known_(std::move(what)),
+        loop_(std::move(loop)),
+        filling_(*context.fillers, context.stream) {
     const Script& script = script_;
     const std::vector<Known>& known = known_;
     for (const View& v : script.inputs) inputs_.emplace_back(v);
     for (const View& v : script.outputs) outputs_.emplace_back(v);
+    size_t slices = 0;
+    for (const Port& p : inputs_) slices = std::max(slices, p.view.rows * Filling::slices(p.row_bytes));
+    filling_.reserve(slices);
     cudaGraph_t graph = nullptr;
     VLA_CHECK(cudaStreamBeginCapture(context.stream, cudaStreamCaptureModeThreadLocal), "capturing");
     try {
@@ -99,11 +110,22 @@ class CudaPlan final : public Plan {
   std::byte* input(int index) override { return inputs_.at(index).host->data(); }
   const std::byte* output(int index) override { return outputs_.at(index).host->data(); }
 
-  void use(int index, size_t bytes) override {
+  void stage(int index, const std::vector<Bytes>& rows) override {
     Port& p = inputs_.at(index);
-    const size_t whole = p.view.cols * size_of(p.view.dtype);
-    p.used = bytes < whole ? bytes : whole;
+    filling_.clear();
+    for (size_t i = 0; i < rows.size(); ++i) {
+      std::byte* to = p.host->data() + i * p.stride();
+      if (!rows[i].data) continue;
+      if (p.by_kernel) {
+        std::memcpy(to, rows[i].data, rows[i].size);
+      } else {
+        filling_.add(rows[i].data, to, p.view.base + i * p.stride(), rows[i].size);
+      }
+    }
+    p.staged = true;
+    filling_.begin();
   }
+  void settle() override { filling_.finish(); }
 
   std::vector<double> profile() override {
     run();  // inputs are where they belong
@@ -111,18 +133,19 @@ class CudaPlan final : public Plan {
   }
 
   void run() override {
-    for (const Port& p : inputs_) {
-      if (!p.by_kernel && p.used > 0) {
-        VLA_CHECK(cudaMemcpy2DAsync(p.view.base, p.stride(), p.host->data(), p.stride(), p.used, p.view.rows,
-                                    cudaMemcpyHostToDevice, context_.stream),
+    settle();
+    for (Port& p : inputs_) {
+      if (!p.by_kernel && !std::exchange(p.staged, false)) {
+        VLA_CHECK(cudaMemcpy2DAsync(p.view.base, p.stride(), p.host->data(), p.stride(), p.row_bytes,
+                                    p.view.rows, cudaMemcpyHostToDevice, context_.stream),
                   "copying an input");
       }
     }
     VLA_CHECK(cudaGraphLaunch(graph_, context_.stream), "running");
     for (const Port& p : outputs_) {
       if (!p.by_kernel) {
-        VLA_CHECK(cudaMemcpy2DAsync(p.host->data(), p.stride(), p.view.base, p.stride(), p.used, p.view.rows,
-                                    cudaMemcpyDeviceToHost, context_.stream),
+        VLA_CHECK(cudaMemcpy2DAsync(p.host->data(), p.stride(), p.view.base, p.stride(), p.row_bytes,
+                                    p.view.rows, cudaMemcpyDeviceToHost, context_.stream),
                   "copying an output");
       }
     }
@@ -135,7 +158,8 @@ class CudaPlan final : public Plan {
     Moves moves;
     const auto flush = [&] {
       if (moves.count == 0) return;
-      const dim3 grid(4, static_cast<unsigned>(moves.count));
+      // a thread for each number of an action chunk: one more reading of host memory takes over 1 us
+      const dim3 grid(8, static_cast<unsigned>(moves.count));
       VLA_CHECK(launch_kernel(move_rows, grid, 256, 0, context_.launch(0, !first), 1, moves),
                 "moving inputs or outputs");
       moves.count = 0;
@@ -145,7 +169,8 @@ class CudaPlan final : public Plan {
       if (!p.by_kernel) continue;
       const std::byte* from = in ? p.host->data() : p.view.base;
       std::byte* to = in ? p.view.base : p.host->data();
-      moves.move[moves.count++] = {from, to, p.view.rows, static_cast<int>(p.used), p.stride(), p.stride()};
+      moves.move[moves.count++] = {from,       to,        p.view.rows, static_cast<int>(p.row_bytes),
+                                   p.stride(), p.stride()};
       if (moves.count == kMaxMoves) flush();
     }
     flush();
@@ -156,6 +181,7 @@ class CudaPlan final : public Plan {
   std::vector<Known> known_;
   std::unique_ptr<PersistentLoop> loop_;  // null: the loop is launched operation by operation
   std::vector<Port> inputs_, outputs_;
+  Filling filling_;  // last but the graph: it ends before what it fills
   cudaGraphExec_t graph_ = nullptr;
 };
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <tuple>
 
+#include "../cpu/threads.h"
 #include "../device.h"
 #include "dispatch.h"
 #include "memory.h"
@@ -22,7 +23,8 @@ struct Context {
   int sms = 0, arch = 0;
   std::byte* scratch = nullptr;
   size_t scratch_bytes = 0;
-  float* squares = nullptr;  // Launch::squares
+  float* squares = nullptr;    // Launch::squares
+  Threads* fillers = nullptr;  // of the host, for large inputs
   const std::map<const void*, Layout>* layouts = nullptr;
   HeadWeights* head_weights = nullptr;  // outlives the plans
 

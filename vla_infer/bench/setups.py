@@ -92,8 +92,10 @@ def make_tape(ckpt: Checkpoint, setup: Setup) -> tuple[Tape, Callable[[np.random
 def infer(program: Program, inputs: Arrays) -> Actions:
     """Actions (horizon, action_dim) of a set of inputs, from host arrays. Raises VlaInferError where they are not
     finite."""
+    program.stage("frames", list(inputs["frames"]))
     for name, values in inputs.items():
-        program.inputs[name][...] = values
+        if name != "frames":
+            program.inputs[name][...] = values
     program.run()
     actions = program.result("actions")
     if not np.isfinite(actions).all():
