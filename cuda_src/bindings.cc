@@ -49,6 +49,17 @@ vla::Bytes dense(const py::array& a) {
   return {static_cast<const std::byte*>(a.data()), static_cast<size_t>(a.nbytes())};
 }
 
+using Rows = std::vector<std::optional<py::array>>;
+
+// A program with the arrays that are being copied into its inputs. The base that is named first goes last: by
+// then nothing reads them.
+struct Staged {
+  Rows staged;
+};
+struct StagedProgram : Staged, vla::Program {
+  using vla::Program::Program;
+};
+
 // A NumPy array over memory of the program; it keeps the program alive.
 py::array over(py::object owner, const void* data, const PlaceTuple& t) {
   const auto& [store, offset, rows, cols, ld, step, dtype] = t;
@@ -123,10 +134,10 @@ PYBIND11_MODULE(_engine, m) {
            })
       .def("reserve", &vla::Engine::reserve);
 
-  py::class_<vla::Program>(m, "Program")
+  py::class_<StagedProgram>(m, "Program")
       .def(py::init<vla::Engine&, size_t>(), py::keep_alive<1, 2>())
       .def("add",
-           [](vla::Program& p, int phase, const std::string& kind,
+           [](StagedProgram& p, int phase, const std::string& kind,
               const std::map<std::string, PlaceTuple>& operands, const std::vector<int>& weights,
               const std::map<std::string, double>& attrs) {
              std::map<std::string, Place> named;
@@ -135,30 +146,40 @@ PYBIND11_MODULE(_engine, m) {
            })
       .def(
           "finish",
-          [](vla::Program& p, int steps, const std::vector<PlaceTuple>& inputs,
+          [](StagedProgram& p, int steps, const std::vector<PlaceTuple>& inputs,
              const std::vector<PlaceTuple>& outputs) { p.finish(steps, places(inputs), places(outputs)); },
           py::call_guard<py::gil_scoped_release>())
       .def("input",
            [](py::object self, int index, const PlaceTuple& t) {
-             return over(self, self.cast<vla::Program&>().input(index), t);
+             return over(self, self.cast<StagedProgram&>().input(index), t);
            })
       .def("output",
            [](py::object self, int index, const PlaceTuple& t) {
-             return over(self, self.cast<vla::Program&>().output(index), t);
+             return over(self, self.cast<StagedProgram&>().output(index), t);
            })
       // rows: uint8 arrays without gaps, None for one that is left as it is
       .def("stage",
-           [](vla::Program& p, int index, const std::vector<std::optional<py::array>>& rows) {
+           [](StagedProgram& p, int index, Rows rows) {
              std::vector<vla::Bytes> given;
              for (const auto& row : rows) given.push_back(row ? dense(*row) : vla::Bytes{});
-             py::gil_scoped_release release;
-             p.stage(index, given);
+             {
+               py::gil_scoped_release release;
+               p.stage(index, given);
+             }
+             p.staged = std::move(rows);  // those before are settled
            })
-      .def("settle", &vla::Program::settle, py::call_guard<py::gil_scoped_release>())
-      .def("profile", &vla::Program::profile, py::call_guard<py::gil_scoped_release>())
+      .def("settle",
+           [](StagedProgram& p) {
+             {
+               py::gil_scoped_release release;
+               p.settle();
+             }
+             p.staged.clear();
+           })
+      .def("profile", &StagedProgram::profile, py::call_guard<py::gil_scoped_release>())
       .def(
           "run",
-          [](vla::Program& p, int times) {
+          [](StagedProgram& p, int times) {
             for (int i = 0; i < times; ++i) p.run();
           },
           py::arg("times") = 1, py::call_guard<py::gil_scoped_release>());

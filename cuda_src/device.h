@@ -27,7 +27,7 @@ struct Script {
   std::vector<View> inputs, outputs;  // in the order the caller knows them by
 };
 
-// What a row of an input is filled from; null leaves it as it is.
+// What a row of an input is filled from; null for nothing.
 struct Bytes {
   const std::byte* data = nullptr;
   size_t size = 0;
@@ -40,9 +40,10 @@ class Plan {
   // Host memory that the caller fills (reads) before (after) run(); valid as long as the plan.
   virtual std::byte* input(int index) = 0;
   virtual const std::byte* output(int index) = 0;
-  // Begins to fill rows of an input, and to send to the device what of them was filled (pictures smaller than
-  // the largest). Where other threads do it, it goes on until settle(), which run() calls: `rows` must not
-  // change before, other inputs may. run() sends all of an input that was not staged since the last run.
+  // Begins to fill rows of an input, and to send to the device what was filled, no more: a picture may be
+  // smaller than its row. Where other threads do it, they are done after settle(), which run() does too, as
+  // does stage() of any plan of the device; until then `rows` must not change, other inputs may. run() sends
+  // all inputs but the one that was staged last, if no plan of the device ran since.
   virtual void stage(int index, const std::vector<Bytes>& rows) = 0;
   virtual void settle() {}
   // Everything from the inputs to the outputs; returns when the outputs can be read. Allocates nothing.

@@ -108,7 +108,7 @@ def test_policies_side_by_side() -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_staged_pictures_are_those_filled_by_hand(threads: int) -> None:
     """Of other sizes from call to call, up to the largest, one left out, cut out of a larger one; on two programs that
-    share an arena, and after a call that ended while they were on their way."""
+    share an arena, after a call that ended while they were on their way, and where the other program runs between."""
     m = golden_model("smolvla")
     policy = load_policy(m.ckpt.path, device="cuda", precision="bf16", threads=threads)
     random = np.random.default_rng(0)
@@ -135,6 +135,13 @@ def test_staged_pictures_are_those_filled_by_hand(threads: int) -> None:
         observation = TapeObservation(pictures, encoded.state, encoded.tokens, noise)
         made.inputs["frames"][...] = 0
         fill_inputs(made.inputs, policy._model, policy._sizes, observation)
+        made.run()
+        np.testing.assert_array_equal(staged, policy._processors.decode(made.result("actions"), state))
+        made.inputs["frames"][...] = 0
+        made.stage("frames", pictures)
+        other = policy._program(len(policy._processors.encode(state, tasks[1 - turn % 2]).tokens))
+        assert other is not made
+        other.run()
         made.run()
         np.testing.assert_array_equal(staged, policy._processors.decode(made.result("actions"), state))
         assert all(relative(staged, other) > 1e-3 for other in seen_already)

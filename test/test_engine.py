@@ -102,8 +102,7 @@ def test_result_is_the_callers_own() -> None:
 
 
 def test_stage_fills_rows() -> None:
-    """Arrays of any shape and stride from the start of their rows; the rest of a row, and a row without an array, stay
-    as they are."""
+    """Arrays of any shape and stride from the start of their rows, and nothing past their end."""
     program = Engine([make(image_patches, 0).tape], lambda name: np.empty(0), threads=1).programs[0]
     frames = program.inputs["frames"]
     frames[...] = 7

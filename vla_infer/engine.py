@@ -91,7 +91,6 @@ class Program:
         self.inputs = {name: self._native.input(i, p) for i, (name, p) in enumerate(inputs)}
         self.outputs = {name: self._native.output(i, p) for i, (name, p) in enumerate(outputs)}
         self._index = {name: i for i, (name, _) in enumerate(inputs)}
-        self._staged: list[Array | None] = []  # what is being copied
 
     def _place(self, t: Tensor) -> Place:
         dtype = "e4m3" if t.buffer.id in self._e4m3 else t.dtype
@@ -107,20 +106,19 @@ class Program:
         return (store, offset, t.rows, t.cols, t.buffer.cols, t.step * t.buffer.cols * size, code)
 
     def stage(self, name: str, rows: Sequence[Array | None]) -> None:
-        """Begin to fill the rows of input `name` from uint8 arrays of any shape; None, or a row that is not given,
-        leaves one as it is, and so does an array that is shorter with the rest of its row.
+        """Begin to fill the rows of input `name` from uint8 arrays of any shape and up to a row's size. What no array
+        covers, such as a row that is None or not given, is undefined in the next `run`.
 
         On a GPU other threads copy, and what was copied is sent at once: until `settle` or `run` returns, the arrays
-        must stay as they are, while other inputs can be filled. The next `run` sends no more of this input.
+        must stay as they are, and this input must not be filled by hand; others can be.
         Raises EngineError for an array of another type, or longer than a row.
         """
-        self._staged = [None if row is None else np.ascontiguousarray(row) for row in rows]
-        self._native.stage(self._index[name], self._staged)
+        dense = [None if row is None else np.ascontiguousarray(row) for row in rows]
+        self._native.stage(self._index[name], dense)
 
     def settle(self) -> None:
         """Return when the arrays given to `stage` are no longer needed. Raises as `run`."""
         self._native.settle()
-        self._staged = []
 
     def run(self, times: int = 1) -> None:
         """Inputs to outputs, `times` times over, without the interpreter's lock.

@@ -30,14 +30,12 @@ class Threads {
       for (int i = 0; i < items; ++i) f(i, 0);
       return;
     }
-    fork(
-        items, [](const void* self, int item, int thread) { (*static_cast<const F*>(self))(item, thread); },
-        &f);
+    start(items, f);
     finish();
   }
 
   // The two halves of run(): between them the workers work and the caller does something else. `f` must stay
-  // until finish(), which returns when all items are done and may be called at any time.
+  // until finish(), which returns when all items are done. Either may be called at any time.
   template <typename F>
   void start(int items, const F& f) {
     finish();

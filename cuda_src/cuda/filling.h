@@ -3,7 +3,10 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <cstring>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -34,26 +37,23 @@ inline void copy_past_cache(std::byte* to, const std::byte* from, size_t bytes) 
   std::memcpy(to, from, bytes);
 }
 
+// One for a device, whose plans share memory: what one has sent, a run of another may overwrite.
 class Filling {
  public:
-  // Slices of about this many bytes: the copy engine takes 2 to 3 us for one, and some microseconds to begin.
+  // Slices of about this many bytes: smaller ones keep the copy engine busy for longer than the copies take.
   static constexpr size_t kSlice = size_t{128} << 10;
 
-  Filling(Threads& threads, cudaStream_t stream) : threads_(threads), stream_(stream) {}
-  Filling(const Filling&) = delete;
-  Filling& operator=(const Filling&) = delete;
-  ~Filling() {
-    threads_.finish();
-    cudaStreamSynchronize(stream_);  // the pinned memory goes next
-  }
+  explicit Filling(int threads) : count_(threads) {}
 
   static size_t slices(size_t bytes) { return (bytes + kSlice - 1) / kSlice; }
   void reserve(size_t slices) { slices_.reserve(slices); }
 
-  // To be called when nothing is under way: for each piece, then begin() once.
+  // Ends what is under way. Then add() for each piece and begin() once.
   void clear() {
-    threads_.finish();
+    if (threads_) threads_->finish();
     slices_.clear();
+    error_ = cudaSuccess;
+    sent_ = nullptr;
   }
   void add(const std::byte* from, std::byte* pinned, std::byte* device, size_t bytes) {
     if (bytes == 0) return;
@@ -62,14 +62,22 @@ class Filling {
       slices_.push_back({from + at, pinned + at, device + at, each < bytes - at ? each : bytes - at});
     }
   }
-  void begin() {
-    error_ = cudaSuccess;
-    if (!slices_.empty()) threads_.start(static_cast<int>(slices_.size()), send_);
+  void begin(cudaStream_t stream, const void* input) {
+    stream_ = stream;
+    // made here, with the priority of who infers: who loads a policy may have a lower one
+    if (!threads_) threads_.emplace(count_, Threads::Bound::kNowhere);
+    threads_->start(static_cast<int>(slices_.size()), send_);
+    sent_ = input;
   }
   // The caller copies too; returns when every slice is on its way in the stream.
   void finish() {
-    threads_.finish();
+    if (threads_) threads_->finish();
     VLA_CHECK(error_.exchange(cudaSuccess), "copying an input");
+  }
+  // The input that was sent since the last run of any plan; none after this.
+  const void* take() {
+    finish();
+    return std::exchange(sent_, nullptr);
   }
 
  private:
@@ -91,11 +99,13 @@ class Filling {
     }
   };
 
-  Threads& threads_;
-  cudaStream_t stream_;
+  cudaStream_t stream_ = nullptr;
+  const void* sent_ = nullptr;
   std::vector<Slice> slices_;
   Send send_{this};
   std::atomic<cudaError_t> error_{cudaSuccess};
+  int count_;
+  std::optional<Threads> threads_;  // last: it ends first
 };
 
 }  // namespace vla::cuda

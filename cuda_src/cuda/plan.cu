@@ -1,9 +1,7 @@
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "common.cuh"
-#include "filling.h"
 #include "plan.h"
 
 namespace vla::cuda {
@@ -43,7 +41,6 @@ struct Port {
   std::unique_ptr<Pinned> host;  // (rows, ld): as the view is strided
   size_t row_bytes;
   bool by_kernel;
-  bool staged = false;  // since the last run
 
   explicit Port(const View& v)
       : view(v),
@@ -59,18 +56,14 @@ struct Port {
 class CudaPlan final : public Plan {
  public:
   CudaPlan(Script plan, const Context& context, std::vector<Known> what, std::unique_ptr<PersistentLoop> loop)
-      : context_(context),
-        script_(std::move(plan)),
-        known_(std::move(what)),
-        loop_(std::move(loop)),
-        filling_(*context.fillers, context.stream) {
+      : context_(context), script_(std::move(plan)), known_(std::move(what)), loop_(std::move(loop)) {
     const Script& script = script_;
     const std::vector<Known>& known = known_;
     for (const View& v : script.inputs) inputs_.emplace_back(v);
     for (const View& v : script.outputs) outputs_.emplace_back(v);
     size_t slices = 0;
     for (const Port& p : inputs_) slices = std::max(slices, p.view.rows * Filling::slices(p.row_bytes));
-    filling_.reserve(slices);
+    context.filling->reserve(slices);
     cudaGraph_t graph = nullptr;
     VLA_CHECK(cudaStreamBeginCapture(context.stream, cudaStreamCaptureModeThreadLocal), "capturing");
     try {
@@ -104,6 +97,8 @@ class CudaPlan final : public Plan {
     VLA_CHECK(cudaStreamSynchronize(context.stream), "uploading the graph");
   }
   ~CudaPlan() override {
+    context_.filling->clear();
+    cudaStreamSynchronize(context_.stream);  // the pinned memory goes next
     if (graph_) cudaGraphExecDestroy(graph_);
   }
 
@@ -111,21 +106,21 @@ class CudaPlan final : public Plan {
   const std::byte* output(int index) override { return outputs_.at(index).host->data(); }
 
   void stage(int index, const std::vector<Bytes>& rows) override {
-    Port& p = inputs_.at(index);
-    filling_.clear();
+    const Port& p = inputs_.at(index);
+    Filling& filling = *context_.filling;
+    filling.clear();
     for (size_t i = 0; i < rows.size(); ++i) {
       std::byte* to = p.host->data() + i * p.stride();
       if (!rows[i].data) continue;
       if (p.by_kernel) {
         std::memcpy(to, rows[i].data, rows[i].size);
       } else {
-        filling_.add(rows[i].data, to, p.view.base + i * p.stride(), rows[i].size);
+        filling.add(rows[i].data, to, p.view.base + i * p.stride(), rows[i].size);
       }
     }
-    p.staged = true;
-    filling_.begin();
+    if (!p.by_kernel) filling.begin(context_.stream, &p);
   }
-  void settle() override { filling_.finish(); }
+  void settle() override { context_.filling->finish(); }
 
   std::vector<double> profile() override {
     run();  // inputs are where they belong
@@ -133,9 +128,9 @@ class CudaPlan final : public Plan {
   }
 
   void run() override {
-    settle();
-    for (Port& p : inputs_) {
-      if (!p.by_kernel && !std::exchange(p.staged, false)) {
+    const void* sent = context_.filling->take();
+    for (const Port& p : inputs_) {
+      if (!p.by_kernel && &p != sent) {
         VLA_CHECK(cudaMemcpy2DAsync(p.view.base, p.stride(), p.host->data(), p.stride(), p.row_bytes,
                                     p.view.rows, cudaMemcpyHostToDevice, context_.stream),
                   "copying an input");
@@ -181,7 +176,6 @@ class CudaPlan final : public Plan {
   std::vector<Known> known_;
   std::unique_ptr<PersistentLoop> loop_;  // null: the loop is launched operation by operation
   std::vector<Port> inputs_, outputs_;
-  Filling filling_;  // last but the graph: it ends before what it fills
   cudaGraphExec_t graph_ = nullptr;
 };
 

@@ -5,9 +5,9 @@
 #include <memory>
 #include <tuple>
 
-#include "../cpu/threads.h"
 #include "../device.h"
 #include "dispatch.h"
+#include "filling.h"
 #include "memory.h"
 
 namespace vla::cuda {
@@ -23,8 +23,8 @@ struct Context {
   int sms = 0, arch = 0;
   std::byte* scratch = nullptr;
   size_t scratch_bytes = 0;
-  float* squares = nullptr;    // Launch::squares
-  Threads* fillers = nullptr;  // of the host, for large inputs
+  float* squares = nullptr;  // Launch::squares
+  Filling* filling = nullptr;
   const std::map<const void*, Layout>* layouts = nullptr;
   HeadWeights* head_weights = nullptr;  // outlives the plans
 
