@@ -1,5 +1,7 @@
 #include "cpu/threads.h"
 
+#include <system_error>
+
 #ifdef __linux__
 #include <pthread.h>
 #include <sched.h>
@@ -60,7 +62,11 @@ Threads::Threads(int count, Bound bound) {
   if (count <= 0) count = static_cast<int>(processors.size());
   workers_.reserve(count > 1 ? count - 1 : 0);
   for (int i = 1; i < count; ++i) {
-    workers_.emplace_back([this, i] { work(i); });
+    try {
+      workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error&) {
+      return;  // the process may not have more: those that there are do all the work
+    }
     // The first processor is left to the caller and to the control thread of the robot.
     if (bound == Bound::kToProcessors) pin(workers_.back(), processors[i % processors.size()]);
   }

@@ -72,7 +72,9 @@ class Filling {
   // The caller copies too; returns when every slice is on its way in the stream.
   void finish() {
     if (threads_) threads_->finish();
-    VLA_CHECK(error_.exchange(cudaSuccess), "copying an input");
+    const cudaError_t error = error_.exchange(cudaSuccess);
+    if (error != cudaSuccess) sent_ = nullptr;
+    VLA_CHECK(error, "copying an input");
   }
   // The input that was sent since the last run of any plan; none after this.
   const void* take() {
