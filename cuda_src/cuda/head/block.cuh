@@ -271,7 +271,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
 }
 
 // Both warpgroups have sums of all rows, each over its own chunks. Now the first gets all sums of rows r, the
-// second of rows r + 8: kept[8 u / 2 ...] of unit u of 16 columns, as acc[8 u], acc[8 u + 1], acc[8 u + 4],
+// second of rows r + 8: mine[4 u ...] of unit u of 16 columns, as acc[8 u], acc[8 u + 1], acc[8 u + 4],
 // acc[8 u + 5] are those of row r.
 template <int N>
 __device__ __forceinline__ void swap_rows(float (&mine)[N / 4], const float (&acc)[N / 2], const Block& b,

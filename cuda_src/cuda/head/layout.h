@@ -175,10 +175,10 @@ VLA_HD int arriving(const Phase& p, int cta) {
 // Blocks of a cluster that have sums to send in a split phase.
 VLA_HD int senders(const Phase& p) { return divide_up(p.chunks, p.each); }
 
+VLA_HD bool owns(int rows, int rank) { return 8 * rank < rows; }  // whether a block finishes rows of sums
 // The multiprocessors come in groups that a cluster does not cross: of 132, 15 or 16 clusters of 8 fit, as
-// the groups of a card are. So a tile of a split phase has 64 columns, or 80 where 64 would need more
+// the groups of a card are. So a tile of a split phase has 64 columns, or kWide where 64 would need more
 // clusters.
-VLA_HD int owns(int rows, int rank) { return 8 * rank < rows; }  // whether a block finishes rows of sums
 // Units of 16 rows of W that a block can have: more with rotation have no room in registers.
 constexpr int kMostUnits = kWide / 16, kMostQkvUnits = 2;
 
