@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +24,7 @@ from vla_infer import replay
 from vla_infer.contract import load_contract
 from vla_infer.contract_parse import find_contract
 from vla_infer.errors import ReplayError
-from vla_infer.replay import compare, markdown, report
+from vla_infer.replay import age, compare, markdown, report
 from vla_infer.replay.agreement import read_recorded
 from vla_infer.replay.bag import Bag
 from vla_infer.replay.direct import DirectOptions, replay_direct
@@ -134,6 +135,47 @@ def test_written_report_is_read_back(made: tuple[dict[str, Any], PageInputs], tm
     assert chunks
     for key, actions in chunks.items():
         np.testing.assert_array_equal(actions, by_key[key])
+
+
+def test_middleware_is_asked_of_ros(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rclpy", reason="needs rclpy")
+    monkeypatch.delenv("RMW_IMPLEMENTATION", raising=False)  # as with ROS from wheels
+    assert str(report.software()["rmw"]).startswith("rmw_")
+
+
+def test_parts_of_the_age_add_up(made: tuple[dict[str, Any], PageInputs]) -> None:
+    """Of 240 commands each chunk plays two, the first 5 ms after it is ready; received 1 ms, a few 31 ms later."""
+    document = copy.deepcopy(made[0])
+    count, k = 240, np.arange(240)
+    stamp = (k // 2) * 0.04
+    time = stamp + 0.019 + 0.02 * (k % 2)
+    delay = np.where(k % 60 == 59, 31.0, 1.0)
+    late_age = (time - stamp) * 1e3 + delay
+    document["trace"]["inferences"] = {
+        "sequence": list(range(1, 121)), "stamp": list(stamp[::2]), "bag_time": list(stamp[::2]),
+        "taken": list(stamp[::2] + 0.004), "ready": list(stamp[::2] + 0.014), "engine_ms": [9.0] * 120,
+    }  # fmt: skip
+    document["trace"]["ticks"] = {
+        "time": [0.0, *time, 9.0], "age_ms": [None, *late_age, 5.0], "chunk": [None, *(k // 2 + 1), 999],
+        "state": ["waiting", *["played"] * count, "held"],
+    }  # fmt: skip
+    expected = np.stack(
+        [np.full(count, 4.0), np.full(count, 10.0), np.full(count, 5.0), 20.0 * (k % 2), delay], 1
+    )
+    np.testing.assert_allclose(age.parts(document), expected, atol=1e-6)
+    assert age.split(document) is None  # in direct mode
+    assert "What the age consists of" not in markdown.markdown(document)
+    document["mode"] = "timeline"
+    means = age.split(document)
+    assert means is not None
+    np.testing.assert_allclose(means[0], [4.0, 10.0, 5.0, 10.0, 1.5], atol=1e-6)
+    np.testing.assert_allclose(means[1], [4.0, 10.0, 5.0, 20.0, 31.0], atol=1e-6)
+    text = markdown.markdown(document)
+    assert f"| {age.PARTS[3]} | 10.00 | 20.00 |" in text
+    assert "| capture → command | 30.50 | 70.00 |" in text
+    for column in document["trace"]["ticks"].values():
+        del column[150:]
+    assert age.split(document) is None  # too few
 
 
 def test_markdown_has_the_figures(made: tuple[dict[str, Any], PageInputs]) -> None:
@@ -300,6 +342,10 @@ def test_page_draws_in_a_browser(bag_path: Path, tmp_path: Path, *, every_frame:
     if browser is None:
         pytest.skip("needs Chromium")
     document, inputs = run(bag_path, every_frame=every_frame)
+    ran = document["trace"][
+        "inferences"
+    ]  # one so slow that it lies above the axis, in both series of "Latency"
+    ran["ready"][5], ran["engine_ms"][5] = ran["taken"][5] + 0.910, 900.0
     (tmp_path / "page.html").write_text(page(document, inputs), encoding="utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
     flags += " --disable-background-networking --disable-component-update --enable-logging=stderr"
@@ -315,3 +361,5 @@ def test_page_draws_in_a_browser(bag_path: Path, tmp_path: Path, *, every_frame:
     for title in titles:
         assert f"<h2>{title}</h2>" in done.stdout
     assert "NaN" not in done.stdout.split('id="data"')[0]
+    latency = done.stdout.split("<h2>Latency</h2>")[1].split("</section>")[0]
+    assert re.findall("▲ [^<]*", latency) == ["▲ 2 above, up to 910"]  # not one note upon another

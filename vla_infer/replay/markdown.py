@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .age import PARTS, split
+
 LATENCIES = {
     "capture_to_command": "capture → command (age at actuation)",
     "capture_to_first_command": "capture → first command of its chunk",
@@ -46,6 +48,14 @@ def markdown(document: dict[str, Any]) -> str:
         if (values := document["latency_ms"].get(name))
     ]
     parts.append(table(["ms", *_COLUMNS, "count"], rows))
+    if means := split(document):
+        columns = [[*mean, mean.sum()] for mean in means]
+        rows = [
+            [label, f"{every:.2f}", f"{late:.2f}"]
+            for label, every, late in zip([*PARTS, "capture → command"], *columns, strict=True)
+        ]
+        parts.append("What the age consists of:")
+        parts.append(table(["ms, mean", "of all commands", "of those around p99"], rows))
     rows = [
         ["images sent", ", ".join(f"{topic} {number}" for topic, number in frames["images_sent"].items())],
         [

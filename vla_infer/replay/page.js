@@ -96,14 +96,16 @@ function ceiling(values) {
   const usual = sorted[Math.floor(0.95 * (sorted.length - 1))] || top;
   return top > 3 * usual ? 2 * usual : top * 1.08;
 }
-// As dots, with those above the axis as marks on its upper edge, their number beside it.
+// As dots, with those above the axis as marks on its upper edge, their number beside it: one for all series of a plot.
 function clipped(plot, xs, ys, colour) {
   dots(plot, xs, ys.map((v) => v === null || v > plot.y[1] ? null : v), colour);
   let above = "", count = 0;
   ys.forEach((v, i) => { if (v > plot.y[1]) { above += `M${(plot.fx(xs[i]) - 4).toFixed(1)},${plot.area.top + 6}l4,-6l4,6z`; count++; } });
   if (!count) return;
   make(plot.layer, "path", { d: above, fill: colour });
-  make(plot.layer, "text", { x: plot.area.right, y: 9, "text-anchor": "end" }, `▲ ${count} above, up to ${number(Math.max(...ys))}`);
+  plot.above = { count: count + (plot.above?.count ?? 0), top: Math.max(...ys, plot.above?.top ?? 0), note:
+    plot.above?.note ?? make(plot.layer, "text", { x: plot.area.right, y: 9, "text-anchor": "end" }) };
+  plot.above.note.textContent = `▲ ${plot.above.count} above, up to ${number(plot.above.top)}`;
 }
 function rule(plot, value, name) {
   make(plot.layer, "line", { x1: plot.area.left, x2: plot.area.right, y1: plot.fy(value), y2: plot.fy(value),

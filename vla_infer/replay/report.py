@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -157,8 +158,17 @@ def software() -> dict[str, str | None]:
         "python": platform.python_version(),
         **{package: of(package) for package in packages},
         "ros_distro": os.environ.get("ROS_DISTRO"),
-        "rmw": os.environ.get("RMW_IMPLEMENTATION"),
+        "rmw": _rmw(),
     }
+
+
+def _rmw() -> str | None:
+    """The middleware in use: asked of ROS where this process has it, as ROS from wheels sets no variable."""
+    if sys.modules.get("rclpy") is None:
+        return os.environ.get("RMW_IMPLEMENTATION")
+    from rclpy.utilities import get_rmw_implementation_identifier
+
+    return str(get_rmw_implementation_identifier())
 
 
 def host(load: float) -> dict[str, Any]:
