@@ -50,7 +50,7 @@ class Sample:
 class Frame:
     """One observation. images: feature -> uint8 (H, W, 3) RGB; state: float32 (S,) in policy units.
 
-    stamp: ROS time (ns) of its oldest image; observed_at: the same instant on the steady clock (s).
+    stamp: ROS time (ns) of its oldest image; observed_at: when its oldest part was taken, image or state (s, steady).
     """
 
     images: dict[str, npt.NDArray[np.uint8]]

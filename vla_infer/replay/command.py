@@ -176,7 +176,7 @@ def _direct(
     )
     load = time.perf_counter() - began
     contract.check_policy(policy.info)
-    sampler = Sampler(os.getpid())
+    sampler = Sampler(os.getpid(), device=args.device)
     options = DirectOptions(
         every_frame=args.every_frame,
         instruction=args.instruction,

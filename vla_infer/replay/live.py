@@ -151,7 +151,7 @@ def replay_live(contract: Contract, bag: Bag, topics: TopicMap, options: LiveOpt
         began = time.monotonic()
         node = NodeProcess(options.parameters, domain=options.domain, folder=Path(folder))
         player = Player(contract, topics, Stamps(bag, topics), domain=options.domain)
-        sampler = Sampler(node.process.pid)
+        sampler = Sampler(node.process.pid, device=str(options.parameters["device"]))
         try:
             _wait(player.matched, node)
             start_up = time.monotonic() - began

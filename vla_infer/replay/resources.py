@@ -29,16 +29,28 @@ def waited(pid: int) -> float:
     return total * 1e-9
 
 
+def visible_gpu(device: str) -> str:
+    """NVML's index or UUID of the GPU that CUDA calls `cuda` or `cuda:N`: NVML counts the hidden ones, too.
+
+    CUDA counts by speed where a machine's GPUs differ, NVML never: there CUDA_DEVICE_ORDER has to be PCI_BUS_ID.
+    """
+    number = device.removeprefix("cuda:") if device.startswith("cuda:") else "0"
+    shown = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return shown[int(number)] if shown else number
+
+
 class _Nvml:
     """One GPU by NVML; absent where the module, the library or the device is."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         self.device: Any = None
         with suppress(Exception):
             import pynvml  # type: ignore[import-not-found,unused-ignore]
 
             pynvml.nvmlInit()
-            self.device = pynvml.nvmlDeviceGetHandleByIndex(0)
+            gpu = visible_gpu(device)
+            by_index, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+            self.device = by_index(int(gpu)) if gpu.isdigit() else by_uuid(gpu)
             self._nvml = pynvml
 
     def read(self) -> dict[str, float]:
@@ -71,12 +83,15 @@ def gpu_name() -> str | None:
 
 
 class Sampler:
-    """Samples one process and the GPU ten times a second between `start` and `stop`."""
+    """Samples one process and the GPU of `device` ten times a second between `start` and `stop`.
 
-    def __init__(self, pid: int, *, interval: float = 0.1) -> None:
+    device: as load_policy takes it; for `cpu` the figures are of the first GPU.
+    """
+
+    def __init__(self, pid: int, *, device: str = "cuda", interval: float = 0.1) -> None:
         self._pid = pid
         self._interval = interval
-        self._nvml = _Nvml()
+        self._nvml = _Nvml(device)
         self._waited = 0.0
         self._stop = threading.Event()
         self._rows: list[tuple[float, float, int, int, dict[str, float]]] = []
