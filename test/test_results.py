@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("cv2", reason="needs opencv-python-headless")
+pytest.importorskip("rosbags", reason="needs rosbags")
+
 from vla_infer.replay import age, report
 from vla_infer.replay.markdown import markdown
 
