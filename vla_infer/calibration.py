@@ -33,6 +33,7 @@ from vla_infer.models import FAMILIES
 from vla_infer.models.layers import UNSEEN
 from vla_infer.policy import check_weights, prompt_buckets, weight_reader
 from vla_infer.processors import Encoded, build_processors
+from vla_infer.reference_engine import import_reference
 from vla_infer.tape import Op, Tape
 
 if TYPE_CHECKING:
@@ -196,11 +197,7 @@ class Runner(Calibration):
             raise EngineError(
                 f"calibrate: device: expected reference or reference:cuda, got {device!r}: it observes every operation"
             )
-        try:
-            import vla_infer.reference as reference
-        except ModuleNotFoundError as error:
-            raise EngineError(f"the reference executor needs {error.name}; pip install torch") from None
-        self._reference = reference
+        self._executor_of = import_reference("the reference executor")
         self._executors: dict[int, ReferenceExecutor] = {}
         super().__init__(ckpt, observations)
 
@@ -208,7 +205,7 @@ class Runner(Calibration):
         bucket = next(b for b in prompt_buckets(self._processors.max_tokens) if tokens <= b)
         if bucket not in self._executors:
             like = next(iter(self._executors.values()), None)
-            self._executors[bucket] = self._reference.ReferenceExecutor(
+            self._executors[bucket] = self._executor_of(
                 self._tape(bucket), weight_reader(self.ckpt), "bf16", device=self._place or "cpu", like=like
             )
         return self._executors[bucket]

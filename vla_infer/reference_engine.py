@@ -25,7 +25,7 @@ def import_reference(what: str) -> type[ReferenceExecutor]:
     try:
         from vla_infer.reference import ReferenceExecutor
     except ModuleNotFoundError as error:
-        raise EngineError(f"{what}: needs {error.name}; pip install torch") from None
+        raise EngineError(f"{what} needs {error.name}; pip install torch") from None
     return ReferenceExecutor
 
 
@@ -75,7 +75,7 @@ class ReferenceEngine:
         precision: str,
         scales: Scales | None = None,
     ) -> None:
-        executor_of = import_reference("device reference")
+        executor_of = import_reference("device reference:")
         place = device.partition(":")[2] or "cpu"
         self.device_name = f"reference ({place})"
         first: ReferenceExecutor | None = None

@@ -49,7 +49,7 @@ class Extras {
     static const char* const names[] = {"?",
                                         "weights in slot",
                                         "room in slot",
-                                        "x chunk",
+                                        "x",
                                         "sums of group",
                                         "keys (0 prefix, 1 fresh)",
                                         "its own products",

@@ -57,7 +57,7 @@ def of_inputs(tape: Tape, read: ReadWeight, draw: Draw, device: str) -> Calibrat
     Raises EngineError where PyTorch is missing.
     """
     name, _, place = device.partition(":")
-    executor_of = import_reference("bench: --precision fp8: scales for random weights")
+    executor_of = import_reference("bench: --precision fp8: scales for random weights:")
     executor = executor_of(tape, read, "bf16", device=device if name == "cuda" else place or "cpu")
     scales = calibrate(executor, [draw(np.random.default_rng([2, i])) for i in range(CALIBRATION)])
     executor.scales = scales

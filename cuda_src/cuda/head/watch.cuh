@@ -15,9 +15,9 @@ constexpr int kReportLines = 62;
 enum Waiting : unsigned {
   kForWeights = 1,  // detail: slot
   kForSlot = 2,     // detail: slot
-  kForX = 3,        // detail: chunk
-  kForSums = 4,     // detail: warpgroup
-  kForKeys = 5,     // detail: 0 prefix, 1 fresh
+  kForX = 3,
+  kForSums = 4,  // detail: warpgroup
+  kForKeys = 5,  // detail: 0 prefix, 1 fresh
   kForFreeX = 6,
   kForBlocks = 7,  // detail: what the counter should be; value: what it is
 };
