@@ -23,11 +23,11 @@ inline const char* kind_name(Kind kind) {
 class Extras {
  public:
   Extras() {
-    TEST_CUDA(cudaMalloc(reinterpret_cast<void**>(&counter_), 256));
-    TEST_CUDA(cudaMalloc(reinterpret_cast<void**>(&report_), kReportWords * 4));
+    TEST_CUDA(cudaMalloc(reinterpret_cast<void**>(&counter_), cuda::head::kCounterWords * 4));
+    TEST_CUDA(cudaMallocHost(reinterpret_cast<void**>(&report_), kReportWords * 4));  // as in a plan
     clear();
   }
-  ~Extras() { cudaFree(counter_), cudaFree(report_), cudaFree(stamps_); }
+  ~Extras() { cudaFree(counter_), cudaFreeHost(report_), cudaFree(stamps_); }
   Extras(const Extras&) = delete;
   Extras& operator=(const Extras&) = delete;
 

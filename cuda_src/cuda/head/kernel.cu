@@ -68,7 +68,7 @@ cudaError_t launch(const Table& t, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = t.ctas, config.blockDim = kThreads, config.dynamicSmemBytes = shared_bytes(t);
   config.stream = stream, config.attrs = attributes, config.numAttrs = 2;
-  if (const cudaError_t error = cudaMemsetAsync(t.counter, 0, sizeof *t.counter, stream);
+  if (const cudaError_t error = cudaMemsetAsync(t.counter, 0, kCounterWords * sizeof *t.counter, stream);
       error != cudaSuccess)
     return error;
   return cudaLaunchKernelEx(&config, persistent_head, t);

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_head(const __grid_cons
 #if VLA_SM90A
   extern __shared__ __align__(1024) std::byte shared[];
   const Block b(t, smem_address(shared));
-  Watch w{t.report, t.patience, 0, false};
+  Watch w{t.counter + kFailed, t.report, t.patience, 0, false};
   const int warp = warp_index();
   if (threadIdx.x == 0) b.init(t);
   __syncthreads();

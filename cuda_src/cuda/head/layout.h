@@ -129,6 +129,7 @@ struct Phase {
 };
 
 constexpr int kMaxPhases = 100;
+constexpr int kFailed = 32, kCounterWords = 64;  // each in a line of the cache of its own
 
 struct Table {
   int phases, steps;
@@ -137,7 +138,7 @@ struct Table {
   int x_bytes;             // shared memory: [x | exchange | ring | the rest]
   int parts;          // what runs, 15 but for timing: 1 weights, 2 barriers, 4 copies of x, 8 sums and ends;
                       // products wherever anything but barriers does
-  unsigned* counter;  // zero before a launch
+  unsigned* counter;  // kCounterWords, zero before a launch: blocks done; at kFailed, waits given up
   unsigned* report;   // see watch.cuh
   int64_t* stamps;    // (phases * steps, 4) clocks of block 0, or null
   int64_t patience;   // nanoseconds that a wait may take

@@ -12,7 +12,7 @@ namespace {
 
 using head::Table;
 constexpr int64_t kPatience = 2'000'000'000;  // nanoseconds that a wait between blocks may take
-constexpr size_t kReportBytes = (8 + 8 * 64) * 4, kCounterBytes = 256;
+constexpr size_t kReportBytes = (8 + 8 * 64) * 4;
 
 class Loop final : public PersistentLoop {
  public:
@@ -37,7 +37,7 @@ class Loop final : public PersistentLoop {
     head::Settings settings;
     settings.clusters = head::resident_clusters();
     if (!head::build(table_, script.body, script.steps, facts, settings, memory).empty()) return false;
-    table_.counter = reinterpret_cast<unsigned*>(pool.take(kCounterBytes));
+    table_.counter = reinterpret_cast<unsigned*>(pool.take(head::kCounterWords * sizeof(unsigned)));
     table_.report = reinterpret_cast<unsigned*>(report_.data());
     table_.patience = kPatience;
     VLA_CHECK(cudaStreamSynchronize(nullptr), "clearing memory");

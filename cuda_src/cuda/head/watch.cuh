@@ -23,7 +23,7 @@ enum Waiting : unsigned {
 };
 
 struct Watch {
-  unsigned* report;
+  unsigned *failed, *report;  // failed: lines so far, in the GPU's memory, where waits look for them
   int64_t patience;
   unsigned phase;
   bool over;  // this thread waits no more
@@ -40,28 +40,29 @@ __device__ __forceinline__ unsigned load_relaxed(const unsigned* p) {
   return v;
 }
 
-static __device__ __noinline__ void give_up(unsigned* report, unsigned phase, unsigned what, unsigned detail,
-                                            unsigned value) {
-  const unsigned line = atomicAdd(report, 1u);
-  if (line >= kReportLines) return;
-  unsigned* to = report + 8 + 8 * line;
-  to[0] = what, to[1] = phase, to[2] = blockIdx.x, to[3] = threadIdx.x, to[4] = detail, to[5] = value;
-  __threadfence();
+static __device__ __noinline__ void give_up(unsigned* failed, unsigned* report, unsigned phase, unsigned what,
+                                            unsigned detail, unsigned value) {
+  const unsigned line = atomicAdd(failed, 1u);
+  if (line < kReportLines) {
+    unsigned* to = report + 8 + 8 * line;
+    to[0] = what, to[1] = phase, to[2] = blockIdx.x, to[3] = threadIdx.x, to[4] = detail, to[5] = value;
+    __threadfence_system();
+  }
+  atomicAdd_system(report, 1u);
 }
 
 // Called each time a wait has failed; `tries` and `since` (0 at first) belong to the wait. True: go on
-// without. The clock and the report are read after kTries failures only, far more than a wait of a healthy
-// run has: the report is the host's memory, and a thousand warps that read it make every phase wait for the
-// bus.
-constexpr unsigned kTries = 2048;
+// without. The clock and `failed` are read only now and then: what a thousand waiting warps read takes
+// bandwidth from those that work.
+constexpr unsigned kTries = 256;
 __device__ __forceinline__ bool enough(Watch& w, unsigned& tries, int64_t& since, unsigned what,
                                        unsigned detail, unsigned value) {
   if (++tries % kTries != 0) return false;
   const int64_t t = now();
   if (since == 0) since = t;
-  const bool others = load_relaxed(w.report) != 0;
+  const bool others = load_relaxed(w.failed) != 0;
   if (!others && t - since < w.patience) return false;
-  if (!others) give_up(w.report, w.phase, what, detail, value);
+  if (!others) give_up(w.failed, w.report, w.phase, what, detail, value);
   w.over = true;
   return true;
 }
@@ -82,10 +83,8 @@ __device__ __forceinline__ bool try_wait(uint32_t barrier, int parity) {
   return done != 0;
 }
 // Out of line: where products are done every instruction that must be fetched counts.
-static __device__ __noinline__ bool wait_longer(uint32_t barrier, int parity, unsigned* report,
-                                                int64_t patience, unsigned phase, unsigned what,
+static __device__ __noinline__ bool wait_longer(uint32_t barrier, int parity, Watch w, unsigned what,
                                                 unsigned detail) {
-  Watch w{report, patience, phase, false};
   unsigned tries = 0;
   int64_t since = 0;
   while (!try_wait(barrier, parity)) {
@@ -97,7 +96,7 @@ static __device__ __noinline__ bool wait_longer(uint32_t barrier, int parity, un
 __device__ __forceinline__ void wait_on(uint32_t barrier, int parity, Watch& w, unsigned what,
                                         unsigned detail) {
   if (try_wait(barrier, parity) || w.over) return;
-  w.over = wait_longer(barrier, parity, w.report, w.patience, w.phase, what, detail);
+  w.over = wait_longer(barrier, parity, w, what, detail);
 }
 
 // ---- between all blocks: phase number g is done when every block has said so once, after it knew that g - 1
