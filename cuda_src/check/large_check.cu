@@ -339,19 +339,76 @@ void check_patches(int size, int patch, const std::vector<Picture>& pictures, in
   release_all();
 }
 
-void all_products(const std::string& how, const Launch& at, const Run& run) {
+// Sums of small integers, a bias and a residual of them: x in {-1, 0, 1}, W in {-1, 1}. What comes out has to
+// be right to the last bit; in bf16 it is below 256.
+void check_exact(const std::string& how, int m, int n, int k, DType type, const Launch& at, const Run& run) {
+  if (!mine()) return;
+  const auto integers = [](int rows, int cols, DType kind, int pad, int low, int high, int step) {
+    Matrix all = Matrix::empty(rows, cols, kind, pad);
+    const unsigned count = (high - low) / step + 1;
+    for (int i = 0; i < rows * cols; ++i)
+      all.values.push_back(static_cast<float>(low + step * static_cast<int>((generator()() >> 8) % count)));
+    all.upload();
+    return all;
+  };
+  const int pad = type == DType::kBF16 ? 8 : 3;
+  Matrix x = integers(m, k, DType::kBF16, 8, -1, 1, 1), w = integers(n, k, DType::kBF16, 0, -1, 1, 2),
+         bias = integers(1, n, DType::kF32, 1, -9, 9, 1),
+         residual = integers(m, n, DType::kBF16, pad, -9, 9, 1), out = Matrix::empty(m, n, type, pad);
+  void* packed = device(cuda::packed_bytes_large(Packing::kStacked, {n}, k));
+  CUDA_OK(
+      cuda::pack_large(packed, Packing::kStacked, {{w.view.base, DType::kBF16, n, k, w.view.ld}}, nullptr));
+  Linear op;
+  op.x = x.view, op.out = out.view, op.bias = bias.view, op.residual = residual.view;
+  op.w = {packed, DType::kBF16, Packing::kStacked, k, {n}};
+  launch_product(op, at, run);
+  out.download();
+  Result r;
+  for (int i : sample(m, 24)) {
+    for (int j : sample(n, n < 500 ? n : 200)) {
+      double sum = bias.at(0, j) + residual.at(i, j);
+      for (int e = 0; e < k; ++e) sum += double(x.at(i, e)) * w.at(j, e);
+      r.add(out.at(i, j), sum);
+    }
+  }
+  report("exact " + how + " m=" + std::to_string(m) + " n=" + std::to_string(n) + " k=" + std::to_string(k) +
+             (type == DType::kF32 ? " out=f32" : ""),
+         r, {&out}, 0.0);
+  release_all();
+}
+
+// Products whose columns do not belong together in twos.
+void plain_products(const std::string& how, const Launch& at, const Run& run) {
   check_linear(how, {.m = 200, .n = 328, .k = 200, .act = Act::kGeluTanh, .bias = true}, at, run);
   check_linear(how, {.m = 70, .n = 77, .k = 591, .bias = true, .residual = 35, .scale = 3, .pad = 3}, at,
                run);
   check_linear(how, {.m = 560, .n = 2048, .k = 2048, .gate = true, .residual = 560, .in_place = true}, at,
                run);
-  check_gated(how, 177, 200, 960, NormKind::kRms, Act::kSilu, 8, at, run);
-  check_qkv(how, {.m = 177, .q = 6, .kv = 2, .d = 64, .k = 192}, at, run);
-  check_qkv(how, {.m = 130, .q = 3, .kv = 1, .d = 256, .k = 520}, at, run);
   check_qkv(
       how,
       {.m = 200, .q = 4, .kv = 4, .d = 72, .k = 136, .norm = NormKind::kLayer, .rope = false, .bias = true},
       at, run);
+  check_exact(how, 70, 130, 64, DType::kF32, at, run);
+  check_exact(how, 200, 328, 1000, DType::kBF16, at, run);
+  check_exact(how, 193, 480, 2064, DType::kBF16, at, run);
+  check_exact(how, 200, 168, 16384, DType::kF32, at, run);
+}
+void products_in_pairs(const std::string& how, const Launch& at, const Run& run) {
+  check_gated(how, 177, 200, 960, NormKind::kRms, Act::kSilu, 8, at, run);
+  check_qkv(how, {.m = 177, .q = 6, .kv = 2, .d = 64, .k = 192}, at, run);
+  check_qkv(how, {.m = 130, .q = 3, .kv = 1, .d = 256, .k = 520}, at, run);
+}
+// A tile that begins within a unit refuses what needs whole ones.
+void check_refusal(const std::string& how, const cuda::Tile& tile, const Launch& at) {
+  if (!mine()) return;
+  cuda::Product gated, rotated;
+  gated.kind = cuda::ProductKind::kGated;
+  rotated.kind = cuda::ProductKind::kQkv;
+  rotated.rotate = true;
+  const bool right = cuda::product_sm90(gated, tile, at) == cudaErrorInvalidValue &&
+                     cuda::product_sm90(rotated, tile, at) == cudaErrorInvalidValue;
+  failures += !right;
+  std::printf("%-4s %s refuses pairs of columns\n", right ? "ok" : "FAIL", how.c_str());
 }
 
 void check_everything() {
@@ -403,21 +460,29 @@ void check_everything() {
     check_qkv(how, {.m = 20, .q = 4, .kv = 1, .d = 72, .k = 128, .bias = true, .pad = 3}, l);
     check_qkv(how, {.m = 20, .q = 2, .kv = 1, .d = 10, .k = 36}, l);
   }
-  all_products("sm80", at, [](const cuda::Product& p, const Launch& l) { return cuda::product_sm80(p, l); });
+  const Run sm80 = [](const cuda::Product& p, const Launch& l) { return cuda::product_sm80(p, l); };
+  plain_products("sm80", at, sm80);
+  products_in_pairs("sm80", at, sm80);
   for (int groups = 1; at.arch == 90 && groups <= 4; ++groups) {
-    for (int columns = 64; columns <= 256; columns += 64) {
+    for (int columns = 64; columns <= 256; columns += 32) {
       for (int split : {1, 2, 3, 5, 8}) {
         const cuda::Tile tile{groups, columns, split};
         if (!cuda::has_tile_sm90(tile)) continue;
         char how[60];
         std::snprintf(how, sizeof how, "%dx%d/%d", 64 * groups, columns, split);
-        all_products(how, at, [&](const cuda::Product& p, const Launch& l) {
+        const Run run = [&](const cuda::Product& p, const Launch& l) {
           cuda::Tile t = tile;
           const int slices = (p.k + 63) / 64;
           if (t.split > slices) t.split = slices > 1 ? slices : 1;
           const bool same = t.split == tile.split || cuda::has_tile_sm90(t);
           return same ? cuda::product_sm90(p, t, l) : cuda::product_sm80(p, l);
-        });
+        };
+        plain_products(how, at, run);
+        if (columns % 64 == 0) {
+          products_in_pairs(how, at, run);
+        } else {
+          check_refusal(how, tile, at);
+        }
       }
     }
   }

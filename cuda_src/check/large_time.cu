@@ -1,10 +1,14 @@
 // Times the large kernels on the sizes of the policies, in bf16 and in E4M3 (what a product reads in E4M3 is
 // E4M3 already, as the kernel before it leaves it), and the whole of vision and prefix as one graph. Usage:
-// large_time [sweep] — with "sweep", every tile of the Hopper product on every size; or large_time probe NAME
-// GROUPS COLUMNS SPLIT: two launches of one product in bf16, for a profiler. Times are of launches inside a
-// CUDA graph, weights rotating among sets larger than the second-level cache.
+// large_time; or large_time sweep CAMERAS bf16|e4m3: every tile of the Hopper product on the sizes for so
+// many cameras, with pauses, since a GPU that works without one lowers its clock and whatever is timed late
+// looks slow; or large_time probe NAME GROUPS COLUMNS SPLIT: two launches of one product in bf16, for a
+// profiler. Times are of launches inside a CUDA graph, weights rotating among sets larger than the
+// second-level cache.
 #include <algorithm>
+#include <chrono>
 #include <functional>
+#include <thread>
 
 #include "../cuda/common.cuh"
 #include "../cuda/large/product.cuh"
@@ -83,6 +87,10 @@ Weight weight(Packing packing, std::vector<int> n, int k, bool quantised) {
   return {to, DType::kE4M3, packing, k, n};
 }
 
+// Whether the GPU rests after each replay that is long enough to heat it, twice as long as that was.
+bool rests = false;
+constexpr float kHeatsMs = 0.8f;
+
 // Seconds of one pass of `record`, which launches on the stream it is given: median of replays.
 double time_graph(const std::function<void(Launch)>& record, int replays) {
   cudaGraph_t graph;
@@ -104,6 +112,7 @@ double time_graph(const std::function<void(Launch)>& record, int replays) {
     float ms;
     CUDA_OK(cudaEventElapsedTime(&ms, start, stop));
     if (i >= 2) times.push_back(ms);
+    if (rests && ms > kHeatsMs) std::this_thread::sleep_for(std::chrono::duration<float, std::milli>(2 * ms));
   }
   CUDA_OK(cudaGetLastError());
   cudaEventDestroy(start);
@@ -235,10 +244,12 @@ void time_product(const Size& s, bool quantised, bool sweep, const cuda::Tile* p
       for (int columns = 32; columns <= 256; columns += 32) {
         for (int split = 1; split <= 8; ++split) {
           const cuda::Tile tile{groups, columns, split};
+          const bool in_pairs = s.kind == kG || (s.kind == kQ && s.head_dim % 64 == 0);
+          if (columns % 64 && in_pairs) continue;
           if (split > s.k / 128 || !(quantised ? cuda::has_tile_e4m3 : cuda::has_tile_sm90)(tile)) continue;
           const int64_t blocks = static_cast<int64_t>(cuda::ceil_div(s.m, 64 * groups)) *
                                  cuda::ceil_div(static_cast<int>(rows), columns) * split;
-          if (blocks > 8 * base.sms || (split > 1 && blocks > 2 * base.sms)) continue;
+          if (blocks > 8 * base.sms || (split > 1 && blocks > base.sms)) continue;
           all.push_back({tile, timed(tile)});
         }
       }
@@ -453,35 +464,44 @@ void time_model(const Model& c, bool quantised) {
   release_all();
 }
 
-void everything(bool sweep, const char* name, const cuda::Tile* probe) {
+// The products of vision and prefix; 48 tokens of a prompt, and SmolVLA's state.
+std::vector<Size> sizes(int cameras) {
   const Act gelu = Act::kGeluTanh, silu = Act::kSilu, none = Act::kNone;
-  const std::vector<Size> sizes{
-      {"pi vision qkv", kQ, 512, 1152, {1152, 1152, 1152}, 72, none},
-      {"pi vision out", kL, 512, 1152, {1152}, 0, none},
-      {"pi vision fc1", kL, 512, 1152, {4304}, 0, gelu},
-      {"pi vision fc2", kL, 512, 4304, {1152}, 0, none},
-      {"pi prefix qkv", kQ, 560, 2048, {2048, 256, 256}, 256, none},
-      {"pi prefix out", kL, 560, 2048, {2048}, 0, none},
-      {"pi prefix gate-up", kG, 560, 2048, {16384, 16384}, 0, gelu},
-      {"pi prefix down", kL, 560, 16384, {2048}, 0, none},
-      {"smol vision qkv", kQ, 2048, 768, {768, 768, 768}, 72, none},
-      {"smol vision out", kL, 2048, 768, {768}, 0, none},
-      {"smol vision fc1", kL, 2048, 768, {3072}, 0, gelu},
-      {"smol vision fc2", kL, 2048, 3072, {768}, 0, none},
-      {"smol connector", kL, 128, 12288, {960}, 0, none},
-      {"smol prefix qkv", kQ, 177, 960, {960, 320, 320}, 64, none},
-      {"smol prefix out", kL, 177, 960, {960}, 0, none},
-      {"smol prefix g-up", kG, 177, 960, {2560, 2560}, 0, silu},
-      {"smol prefix down", kL, 177, 2560, {960}, 0, none},
+  const int pi = 256 * cameras, pi_prefix = pi + 48, smol = 1024 * cameras, smol_prefix = 64 * cameras + 49;
+  return {
+      {"pi vision qkv", kQ, pi, 1152, {1152, 1152, 1152}, 72, none},
+      {"pi vision out", kL, pi, 1152, {1152}, 0, none},
+      {"pi vision fc1", kL, pi, 1152, {4304}, 0, gelu},
+      {"pi vision fc2", kL, pi, 4304, {1152}, 0, none},
+      {"pi prefix qkv", kQ, pi_prefix, 2048, {2048, 256, 256}, 256, none},
+      {"pi prefix out", kL, pi_prefix, 2048, {2048}, 0, none},
+      {"pi prefix gate-up", kG, pi_prefix, 2048, {16384, 16384}, 0, gelu},
+      {"pi prefix down", kL, pi_prefix, 16384, {2048}, 0, none},
+      {"smol vision qkv", kQ, smol, 768, {768, 768, 768}, 72, none},
+      {"smol vision out", kL, smol, 768, {768}, 0, none},
+      {"smol vision fc1", kL, smol, 768, {3072}, 0, gelu},
+      {"smol vision fc2", kL, smol, 3072, {768}, 0, none},
+      {"smol connector", kL, 64 * cameras, 12288, {960}, 0, none},
+      {"smol prefix qkv", kQ, smol_prefix, 960, {960, 320, 320}, 64, none},
+      {"smol prefix out", kL, smol_prefix, 960, {960}, 0, none},
+      {"smol prefix g-up", kG, smol_prefix, 960, {2560, 2560}, 0, silu},
+      {"smol prefix down", kL, smol_prefix, 2560, {960}, 0, none},
   };
-  if (probe) {
-    for (const Size& s : sizes) {
-      if (s.name == std::string(name)) time_product(s, false, false, probe);
-    }
-    return;
+}
+void probe_product(const char* name, const cuda::Tile& tile) {
+  for (const Size& s : sizes(2)) {
+    if (s.name == std::string(name)) time_product(s, false, false, &tile);
   }
-  for (const Size& s : sizes) {
-    for (bool quantised : {false, true}) time_product(s, quantised, sweep);
+}
+void sweep_tiles(int cameras, bool quantised) {
+  rests = true;
+  for (const Size& s : sizes(cameras)) time_product(s, quantised, true);
+}
+
+void everything() {
+  const Act gelu = Act::kGeluTanh, silu = Act::kSilu;
+  for (const Size& s : sizes(2)) {
+    for (bool quantised : {false, true}) time_product(s, quantised, false);
   }
   for (bool quantised : {false, true}) {
     time_attention("smol vision", quantised, 1024, 1024, 12, 12, 64, 2);
@@ -508,8 +528,13 @@ int main(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "";
   if (mode == "probe" && count == 6) {
     const vla::cuda::Tile tile{std::atoi(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5])};
-    everything(false, arguments[2], &tile);
+    probe_product(arguments[2], tile);
+  } else if (mode == "sweep" && count == 4) {
+    sweep_tiles(std::atoi(arguments[2]), arguments[3] == std::string("e4m3"));
+  } else if (count > 1) {
+    std::fprintf(stderr, "usage: large_time [sweep CAMERAS bf16|e4m3 | probe NAME GROUPS COLUMNS SPLIT]\n");
+    return 2;
   } else {
-    everything(mode == "sweep", "", nullptr);
+    everything();
   }
 }

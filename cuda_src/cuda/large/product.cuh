@@ -67,6 +67,28 @@ __host__ __device__ __forceinline__ Columns columns_of(const Product& p, int uni
   const int at = head * p.head_dim + 32 * (unit - head * units);
   return {at, at + p.head_dim / 2};
 }
+// Whether a unit's columns belong together.
+__host__ __device__ __forceinline__ bool in_pairs(const Product& p) {
+  return p.kind == ProductKind::kGated || p.rotate;
+}
+
+// Where they do not, a tile may begin or end within a unit. Its columns are a Span then, where else they are
+// the number of its first unit; both are counted on in steps of 64 columns.
+struct Span {
+  int first, left;  // a multiple of 32; columns up to the end of the tile
+};
+__device__ __forceinline__ Span operator+(const Span& s, int units) {
+  return {s.first + 64 * units, s.left - 64 * units};
+}
+__device__ __forceinline__ int first_column(int unit) { return 64 * unit; }
+__device__ __forceinline__ int first_column(const Span& s) { return s.first; }
+// Whether 64 columns are left, or 32.
+__device__ __forceinline__ bool whole(int) { return true; }
+__device__ __forceinline__ bool whole(const Span& s) { return s.left >= 64; }
+constexpr int kNoColumn = 1 << 30;
+__device__ __forceinline__ Columns columns_of(const Product&, const Span& s) {
+  return {s.first, whole(s) ? s.first + 32 : kNoColumn};
+}
 
 // tanh(x) by the special function unit: 2^-11 of absolute error, an eighth of a bfloat16's last place near 1.
 __device__ __forceinline__ float tanh_fast(float x) {
@@ -93,7 +115,9 @@ __device__ __forceinline__ int column_in_tile(const Product& p, int unit, int i)
   const Columns c = columns_of(p, unit + i / 64);
   return (i & 32 ? c.second : c.first) + i % 32;
 }
-__device__ __forceinline__ float bias_in_tile(const Product& p, int unit, int i) {
+__device__ __forceinline__ int column_in_tile(const Product&, const Span& s, int i) { return s.first + i; }
+template <typename U>
+__device__ __forceinline__ float bias_in_tile(const Product& p, const U& unit, int i) {
   return bias_of(p, column_in_tile(p, unit, i));
 }
 __device__ __forceinline__ float scale_in_tile(const QuantisedProduct& p, int unit, int i) {
@@ -157,9 +181,10 @@ struct Ahead {
   uint4 residual[4];
   int position[2];
 };
-__device__ __forceinline__ Ahead look_ahead(const Product& p, int row0, int unit) {
+template <typename U>
+__device__ __forceinline__ Ahead look_ahead(const Product& p, int row0, const U& unit) {
   Ahead ahead = {};
-  const int lane = threadIdx.x & 31, c = 64 * unit + lane % 8 * 8;
+  const int lane = threadIdx.x & 31, c = first_column(unit) + lane % 8 * 8;
   if (p.rotate) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) ahead.position[r] = p.positions[min(row0 + lane / 4 + 8 * r, p.m - 1)];
@@ -168,7 +193,7 @@ __device__ __forceinline__ Ahead look_ahead(const Product& p, int row0, int unit
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const int row = row0 + 4 * t + lane / 8;
-    if (row < p.m && c < p.cols) {
+    if (row < p.m && c < p.cols && (whole(unit) || lane % 8 < 4)) {
       ahead.residual[t] = *reinterpret_cast<const uint4*>(p.residual + residual_row(p, row) * p.ldr + c);
     }
   }
@@ -314,9 +339,10 @@ __device__ __forceinline__ void store_e4m3(const QuantisedProduct& p, int row0, 
   __syncwarp();
 }
 
-// What follows the sums of a unit whose first row is row0. staging: this warp's.
-template <typename P>
-__device__ __forceinline__ void finish(const P& p, int row0, int unit, float* x, float* y,
+// What follows the sums of a unit, or of a Span's first 64 columns, whose first row is row0. staging: this
+// warp's.
+template <typename P, typename U>
+__device__ __forceinline__ void finish(const P& p, int row0, const U& unit, float* x, float* y,
                                        const PerColumn& columns, const Ahead& ahead, uint32_t staging) {
   const int lane = threadIdx.x & 31, row = row0 + lane / 4;
   const Columns c = columns_of(p, unit);
@@ -343,7 +369,7 @@ __device__ __forceinline__ void finish(const P& p, int row0, int unit, float* x,
   }
   const bool gated = p.kind == ProductKind::kGated;
   if (!p.wide) {
-    const int first = gated ? 32 * unit : c.first;
+    const int first = gated ? first_column(unit) / 2 : c.first;
     store_narrow(p, row, first, eight_of(x));
     store_narrow(p, row + 8, first, eight_of(x + 2));
     if (gated) return;
@@ -388,7 +414,7 @@ __device__ __forceinline__ void finish(const P& p, int row0, int unit, float* x,
   }
   __syncwarp();
   if (gated) {
-    const int col = 32 * unit + lane % 4 * 8;
+    const int col = first_column(unit) / 2 + lane % 4 * 8;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const int r = 8 * t + lane / 4;

@@ -7,11 +7,12 @@ namespace {
 using sm90::entry;
 
 constexpr sm90::Entry<bf16> kEntries[] = {
-    entry<bf16, 3, 256, true>(),  entry<bf16, 3, 192, false>(), entry<bf16, 3, 128, false>(),
-    entry<bf16, 3, 128, true>(),  entry<bf16, 3, 64, false>(),  entry<bf16, 3, 64, true>(),
-    entry<bf16, 2, 256, false>(), entry<bf16, 2, 256, true>(),  entry<bf16, 2, 192, false>(),
-    entry<bf16, 2, 128, false>(), entry<bf16, 2, 128, true>(),  entry<bf16, 2, 64, false>(),
-    entry<bf16, 2, 64, true>(),   entry<bf16, 1, 64, false>(),  entry<bf16, 1, 64, true>(),
+    entry<bf16, 3, 256, true>(),  entry<bf16, 3, 192, false>(), entry<bf16, 3, 160, true>(),
+    entry<bf16, 3, 128, false>(), entry<bf16, 3, 128, true>(),  entry<bf16, 3, 64, false>(),
+    entry<bf16, 3, 64, true>(),   entry<bf16, 2, 256, false>(), entry<bf16, 2, 256, true>(),
+    entry<bf16, 2, 192, false>(), entry<bf16, 2, 128, false>(), entry<bf16, 2, 128, true>(),
+    entry<bf16, 2, 64, false>(),  entry<bf16, 2, 64, true>(),   entry<bf16, 1, 64, false>(),
+    entry<bf16, 1, 64, true>(),
 };
 
 }  // namespace

@@ -67,7 +67,8 @@ struct Shape {
   static constexpr int kStage = kStaging * 4 * GROUPS;  // to store from
   // Floats that a tile's columns have: biases and, of E4M3, scales. Room for those of two tiles where a block
   // takes several.
-  static constexpr int kPerTile = COLUMNS * (std::is_same_v<E, e4m3> ? 2 : 1);
+  static constexpr int kUnits = (COLUMNS + 63) / 64;  // the last may be half of one
+  static constexpr int kPerTile = 64 * kUnits * (std::is_same_v<E, e4m3> ? 2 : 1);
   static constexpr int kTurns = SPLIT && std::is_same_v<E, e4m3> ? 1 : 2;
   static constexpr int kExtra = 8 * 16 + kTurns * kPerTile * 4 + (SPLIT ? 0 : kStage);  // 8 * 16: barriers
   static constexpr int kFit = (kSharedBytes - kExtra) / (kBytesA + kBytesW);
@@ -85,6 +86,16 @@ struct Shape {
 __device__ __forceinline__ void meet() {
   cluster_arrive();
   cluster_wait();
+}
+
+// The columns of a tile, for finish().
+template <int COLUMNS>
+__device__ __forceinline__ auto columns_of_tile(int tile_n) {
+  if constexpr (COLUMNS % 64) {
+    return Span{tile_n * COLUMNS, COLUMNS};
+  } else {
+    return tile_n * (COLUMNS / 64);
+  }
 }
 
 // Whether slice i is added to sums in the matrix unit, or begins some.
@@ -181,7 +192,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     const uint32_t staging = ring + S::kStageAt + threadIdx.x / 32 * kStaging;
     for (int tile = first; tile < tiles; tile += blocks) {
       const int row0 = tile % g.tiles_m * S::kRows + group * 64 + thread / 32 * 16;
-      const int unit = tile / g.tiles_m * (COLUMNS / 64);
+      const auto unit = columns_of_tile<COLUMNS>(tile / g.tiles_m);
       float my_bias = 0.0f;  // read now, needed when the sums are there
       if (p.has_bias && threadIdx.x < COLUMNS) my_bias = bias_in_tile(p, unit, threadIdx.x);
       [[maybe_unused]] float my_scale = 0.0f;
@@ -252,10 +263,10 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         // A loop, not unrolled: this code runs once a tile, and fetching it would take longer than running
         // it. The sums of the next unit move to where those of this one were.
 #pragma unroll 1
-        for (int u = 0; u < COLUMNS / 64; ++u) {
+        for (int u = 0; u < S::kUnits; ++u) {
           const Ahead now = ahead;
-          if (u + 1 < COLUMNS / 64) ahead = look_ahead(p, row0, unit + u + 1);
-          if (64 * (unit + u) < p.n) {
+          if (u + 1 < S::kUnits) ahead = look_ahead(p, row0, unit + u + 1);
+          if (first_column(unit + u) < p.n) {
             finish(p, row0, unit + u, c, c + 16,
                    {tile_bias ? tile_bias + 64 * u : nullptr, tile_scale + 64 * u}, now, staging);
           }
@@ -274,11 +285,11 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     }
     if constexpr (SPLIT) {
       meet();
-      constexpr int kUnits = COLUMNS / 64;
+      constexpr int kUnits = S::kUnits;
       for (int item = rank * GROUPS + group; item < GROUPS * kUnits; item += split * GROUPS) {
         const int from = item / kUnits, u = item % kUnits;
         const int row0 = first % g.tiles_m * S::kRows + from * 64 + thread / 32 * 16;
-        const int unit = first / g.tiles_m * kUnits + u;
+        const auto unit = columns_of_tile<COLUMNS>(first / g.tiles_m) + u;
         const uint32_t at = ring + ((from * (COLUMNS / 8) + u * 8) * 128 + thread) * 16;
         const Ahead ahead = look_ahead(p, row0, unit);
         float c[32] = {};
@@ -286,6 +297,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
           const uint32_t there = cluster_address(at, r);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
+            if (i >= 4 && !whole(unit)) break;
             const float4 v = cluster_load4(there + i * 2048);
             c[4 * i] += v.x;
             c[4 * i + 1] += v.y;
@@ -293,7 +305,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
             c[4 * i + 3] += v.w;
           }
         }
-        if (64 * unit < p.n) {
+        if (first_column(unit) < p.n) {
           finish(p, row0, unit, c, c + 16,
                  {p.has_bias ? columns + 64 * u : nullptr, columns + COLUMNS + 64 * u}, ahead, staging);
         }
@@ -310,6 +322,8 @@ cudaError_t run(const typename Operand<E>::Product& p, const Tile& tile, const L
   static_assert(COLUMNS % S::kWide == 0 && S::kRegisters <= 255 && S::kStages >= 3);
   // A thread reads at most one bias and one scale.
   static_assert(COLUMNS <= 128 * GROUPS);
+  static_assert(COLUMNS % 64 == 0 || (COLUMNS % 32 == 0 && std::is_same_v<E, bf16>));
+  if (COLUMNS % 64 && in_pairs(p)) return cudaErrorInvalidValue;
   Grid g;
   g.tiles_m = ceil_div(p.m, S::kRows);
   g.tiles_n = ceil_div(p.n, COLUMNS);
@@ -390,6 +404,7 @@ Tile choose(const Entry<E> (&entries)[N], const Product& p, int sms) {
   Tile best;
   double least = 0;
   for (const Entry<E>& e : entries) {
+    if (e.columns % 64 && in_pairs(p)) continue;
     for (int split = e.split ? 2 : 1; split <= (e.split ? 8 : 1) && split <= slices; ++split) {
       const int blocks = ceil_div(p.m, 64 * e.groups) * ceil_div(p.n, e.columns) * split;
       const int room = split > 1 ? e.clusters(split) * split : sms;
