@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -294,6 +295,28 @@ def test_fp8_beside_bfloat16(tmp_path: Path) -> None:
         assert eight < 0.7 * s["moved_mb"] if stage in ("vision", "prefix") else eight == s["moved_mb"]
     text = markdown(report)
     assert f"Actions of 3 observations against bf16: worst cosine {found['cosine']:.5f}, median" in text
+    assert found["kept"] == []
+    assert "Products kept in bf16: 0." in text
+
+
+def test_what_is_kept_out_of_fp8_is_as_in_bfloat16(tmp_path: Path) -> None:
+    torch_or_skip()
+    ckpt = read_checkpoint(GOLDEN / "smolvla")
+    setup = Setup("reference", "fp8", 16, cameras=1, horizon=4, steps=1)
+    found = {}
+    for keep in ((), ("vision_model",), ("vision_model", "connector", "text_model")):
+        plan = Plan(1, 0, [], 1, 1.0, samples=2, calibrate=True, keep=keep)
+        found[keep] = command.bench(weight_reader(ckpt), ckpt, setup, plan, tmp_path)["against_bf16"]
+    errors = [report["relative_l2"] for report in found.values()]
+    assert errors[0] > errors[1] > errors[2] == 0
+    kept = [set(report["kept"]) for report in found.values()]
+    assert set() == kept[0] < kept[1] < kept[2]
+    assert all("vision_model" in name for name in kept[1])
+    with pytest.raises(VlaInferError, match="--keep: no product has 'nothing' in its name"):
+        command.bench(
+            weight_reader(ckpt), ckpt, setup, dataclasses.replace(plan, keep=("nothing",)), tmp_path
+        )
+    assert cli.main(["bench", "--policy", str(GOLDEN / "smolvla"), "--keep", "vision_model"]) == 1
 
 
 def test_fp8_of_a_policy_is_by_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     eight: fp8.Calibrated | None = None
     if setup.precision == "fp8":
         eight = (
-            fp8.of_inputs(tape, read, draw, setup.device)
+            fp8.of_inputs(tape, read, draw, setup.device, keep=plan.keep)
             if plan.calibrate
             else fp8.of_file(ckpt, policy_tape(ckpt, setup), setup.device)
         )
@@ -131,7 +131,7 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
         plain, compared = fp8.against_bfloat16(program, tape, read, setup, sets, plan)
         others = fp8.observations(draw, plan.samples)
         compared |= fp8.errors(program, plain, others, ckpt.action_dim, eight.want)
-        report["against_bf16"] = {"scales": eight.source, **compared}
+        report["against_bf16"] = {"scales": eight.source, "kept": list(eight.scales.bf16), **compared}
     if want is not None:
         job = P.Job(
             tape, read, sets, setup.device, setup.threads if on_cpu else None, scratch, plan.compile_limit
@@ -229,6 +229,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=64, help="sets of inputs that fp8's error is measured on (64)"
     )
+    parser.add_argument(
+        "--keep",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="PART,...",
+        help="with random weights in fp8: products with such a part in their names stay in bf16",
+    )
     parser.add_argument("--runs", type=int, default=200, help="calls that count (200)")
     parser.add_argument("--warmup", type=int, default=10, help="calls before them (10)")
     parser.add_argument(
@@ -257,6 +264,10 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.baseline and ("fp8" in args.precision or args.device.startswith("reference")):
         raise EngineError("bench: --baseline: expected device cpu or cuda and no fp8, which no peer computes")
+    if args.keep and not (args.random_weights and "fp8" in args.precision):
+        raise VlaInferError(
+            "bench: --keep: expected random weights in fp8; a policy's fp8.json says what it keeps"
+        )
     for name in ("runs", "pairs", "samples"):
         if getattr(args, name) < 1:
             raise VlaInferError(f"bench: --{name}: expected 1 or more, got {getattr(args, name)}")
@@ -271,6 +282,7 @@ def main(args: argparse.Namespace) -> int:
         args.compile_limit,
         args.samples,
         args.random_weights,
+        args.keep,
     )
     reports = []
     with tempfile.TemporaryDirectory() as name:

@@ -4,8 +4,8 @@ far the actions are apart."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from vla_infer.bench.setups import Actions, Plan, Program, ReadWeight, Setup, in
 from vla_infer.calibration import Actions as Pair
 from vla_infer.calibration import Magnitudes, errors_of
 from vla_infer.checkpoint import Checkpoint
-from vla_infer.fp8 import FILE, Scales, policy_scales
+from vla_infer.errors import VlaInferError
+from vla_infer.fp8 import FILE, Scales, policy_scales, products
 from vla_infer.inputs import Arrays
 from vla_infer.reference_engine import import_reference, make_engine
 from vla_infer.tape import Tape
@@ -51,16 +52,31 @@ def of_file(ckpt: Checkpoint, tape: Tape, device: str) -> Calibrated:
     return Calibrated(policy_scales(ckpt, [tape], device=device), FILE)
 
 
-def of_inputs(tape: Tape, read: ReadWeight, draw: Draw, device: str) -> Calibrated:
-    """Scales from random inputs on the reference executor, in bfloat16 where `device` is.
+def kept_products(tape: Tape, parts: Sequence[str]) -> tuple[str, ...]:
+    """The products whose names contain one of `parts`. Raises VlaInferError for a part that no name contains."""
+    names = products(tape)
+    for part in parts:
+        if not any(part in name for name in names):
+            raise VlaInferError(
+                f"bench: --keep: no product has {part!r} in its name; one of them: {names[0]}"
+            )
+    return tuple(name for name in names if any(part in name for part in parts))
+
+
+def of_inputs(
+    tape: Tape, read: ReadWeight, draw: Draw, device: str, *, keep: Sequence[str] = ()
+) -> Calibrated:
+    """Scales from random inputs on the reference executor, in bfloat16 where `device` is; the products that `keep`
+    names (`kept_products`) stay in bfloat16.
 
     Raises EngineError where PyTorch is missing.
     """
+    kept = kept_products(tape, keep)
     name, _, place = device.partition(":")
     executor_of = import_reference("bench: --precision fp8: scales for random weights:")
     executor = executor_of(tape, read, "bf16", device=device if name == "cuda" else place or "cpu")
     scales = calibrate(executor, [draw(np.random.default_rng([2, i])) for i in range(CALIBRATION)])
-    executor.scales = scales
+    scales = executor.scales = replace(scales, bf16=kept)
     (first,) = observations(draw, 1)
     want = executor.run(first)["actions"].astype(np.float32)
     del executor

@@ -92,7 +92,7 @@ def _against_bf16(report: dict[str, Any]) -> list[str]:
         f"{found['pairs']} pairs of calls in turn). Actions of {found['samples']} observations against bf16: worst "
         f"cosine {found['cosine']:.5f}, median {found['cosine_median']:.5f}, worst of what is added to the noise "
         f"{found['cosine_added']:.5f}; relative L2 {found['relative_l2']:.4f} at worst, median "
-        f"{found['relative_l2_median']:.4f}. Scales: {found['scales']}.",
+        f"{found['relative_l2_median']:.4f}. Scales: {found['scales']}. Products kept in bf16: {len(found['kept'])}.",
     ]
     if "to_reference_fp8" in found:
         lines.append(

@@ -41,7 +41,8 @@ class Setup:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How much is measured: calls of ours alone, pairs of calls with each peer, seconds for torch.compile; samples:
-    sets of inputs for the error of fp8; calibrate: whether its scales are made here, from random inputs."""
+    sets of inputs for the error of fp8; calibrate: whether its scales are made here, from random inputs; keep: then,
+    parts of names, the products that stay in bfloat16."""
 
     runs: int
     warmup: int
@@ -50,6 +51,7 @@ class Plan:
     compile_limit: float
     samples: int = 1
     calibrate: bool = False
+    keep: tuple[str, ...] = ()
 
 
 def _sizes(ckpt: Checkpoint, setup: Setup) -> Any:
