@@ -112,7 +112,9 @@ def qkv_rope(c: Case) -> Tensor:
     d, rows = 64, 9
     weights = {"q": c.weight("q", 6 * d, 40), "k": c.weight("k", 2 * d, 40), "v": c.weight("v", 2 * d, 40)}
     table = c.tape.constant("rope", rope_table(32, d, 100.0))
-    positions = c.ints("positions", c.random.integers(0, 32, rows))
+    positions = c.ints(
+        "positions", [-1, 32, 2**31 - 1, *c.random.integers(0, 32, rows - 3)]
+    )  # out of range: row 0
     cache = c.tape.temp("cache", (2 * rows, 10 * d))
     into = {"k": cache.columns(0, 2 * d)[:rows], "v": cache.columns(2 * d, 4 * d)[rows:]}
     x = c.x(rows, 40)
@@ -130,7 +132,7 @@ def qkv_rope(c: Case) -> Tensor:
 
 def qkv_wide_head(c: Case) -> Tensor:
     table = c.tape.constant("rope", rope_table(600, 256, 10_000.0))
-    rope = Rope(table, c.ints("positions", c.random.integers(0, 600, 7)))
+    rope = Rope(table, c.ints("positions", [600, -5, *c.random.integers(0, 600, 5)]))  # out of range: row 0
     return c.tape.qkv(c.x(7, 64), {"q": c.weight("q", 512, 64)}, head_dim=256, rope=rope)["q"]
 
 
@@ -162,7 +164,9 @@ def embed(c: Case) -> Tensor:
     c.weights["table"] = c.normal(50, 24)
     table = c.tape.param("table", (50, 24), "act")
     out = c.tape.temp("out", (7, 24))
-    return c.tape.embed(c.ints("tokens", c.random.integers(0, 50, 7)), table, scale=24**0.5, out=out)
+    return c.tape.embed(
+        c.ints("tokens", [50, -1, *c.random.integers(0, 50, 5)]), table, scale=24**0.5, out=out
+    )
 
 
 def image_patches(c: Case) -> Tensor:

@@ -41,6 +41,12 @@ def to_torch(values: npt.NDArray[np.generic]) -> Torch:
     return torch.from_numpy(np.array(values))
 
 
+def _rows(table: Torch, numbers: Torch) -> Torch:
+    """Rows of `table` (n, d) for `numbers` (..., rows, 1); out of range: row 0."""
+    i = numbers.squeeze(-1).long()
+    return table[torch.where((i >= 0) & (i < table.shape[-2]), i, 0)]
+
+
 def to_e4m3(x: Torch, scale: float | Torch) -> Torch:
     """x / scale to the nearest E4M3, clipped (which PyTorch does or not, by version); NaN stays NaN."""
     return (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -246,7 +252,7 @@ class ReferenceExecutor:
         for name, weight in zip([n for n in ("q", "k", "v") if n in op.operands], w, strict=True):
             y = self._product(x, weight, o.get(f"{name}_bias"))
             if "rope" in o and name != "v":
-                table = o["rope"][o["positions"].squeeze(-1).long()].to(self.full)
+                table = _rows(o["rope"], o["positions"]).to(self.full)
                 cos, sin = table[..., None, : d // 2], table[..., None, d // 2 :]
                 heads = y.reshape(*y.shape[:-1], -1, d).to(self.full)
                 h1, h2 = heads[..., : d // 2], heads[..., d // 2 :]
@@ -280,7 +286,7 @@ class ReferenceExecutor:
         return {"out": x.reshape(*lead, -1, f * f * d)}
 
     def _embed(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:
-        rows = o["table"][o["tokens"].squeeze(-1).long()]
+        rows = _rows(o["table"], o["tokens"])
         return {"out": rows * torch.tensor(op.attrs["scale"], dtype=rows.dtype)}
 
     def _image_patches(self, op: Op, o: Mapping[str, Torch], w: list[Torch]) -> dict[str, Torch]:

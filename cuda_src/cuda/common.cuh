@@ -52,6 +52,10 @@ __device__ __forceinline__ uint32_t pack2(float lo, float hi) {
 __device__ __forceinline__ float2 unpack2(uint32_t v) {
   return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
 }
+// Row of a table of `rows` for a number read from memory: out of range it is row 0.
+__device__ __forceinline__ int table_row(int number, int rows) {
+  return static_cast<unsigned>(number) < static_cast<unsigned>(rows) ? number : 0;
+}
 __device__ __forceinline__ float load_as_float(const void* p, int64_t i, bool is_f32) {
   return is_f32 ? static_cast<const float*>(p)[i] : __bfloat162float(static_cast<const bf16*>(p)[i]);
 }

@@ -287,7 +287,7 @@ __device__ __forceinline__ void rotate(const Product& p, const int (&position)[2
   const int half = p.head_dim / 2, at = j + 2 * (threadIdx.x & 3);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float* table = p.rope + min(max(position[r], 0), p.rope_rows - 1) * p.rope_ld + at;
+    const float* table = p.rope + table_row(position[r], p.rope_rows) * p.rope_ld + at;
     float2 cos[4], sin[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

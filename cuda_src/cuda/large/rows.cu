@@ -186,8 +186,7 @@ __global__ void __launch_bounds__(128)
                  int vocabulary, void* out, int64_t ldo, bool out_f32, int cols, float scale) {
   pdl_trigger();
   pdl_wait();
-  int token = tokens[blockIdx.x * ld_tokens];
-  if (token < 0 || token >= vocabulary) token = 0;
+  const int token = table_row(tokens[blockIdx.x * ld_tokens], vocabulary);
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {
     store_from_float(out, blockIdx.x * ldo + c, scale * load_as_float(table, token * ld_table + c, table_f32),
                      out_f32);
@@ -203,7 +202,7 @@ __global__ void __launch_bounds__(128)
   const int half = d / 2, i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= rows * heads * half) return;
   const int row = i / (heads * half), head = i / half % heads, j = i % half;
-  const float* table = rope + min(max(positions[row * positions_ld], 0), rope_rows - 1) * rope_ld;
+  const float* table = rope + table_row(positions[row * positions_ld], rope_rows) * rope_ld;
   bf16* at = x + row * ld + head * d + j;
   const float h1 = __bfloat162float(at[0]), h2 = __bfloat162float(at[half]);
   at[0] = __float2bfloat16(h1 * table[j] - h2 * table[half + j]);

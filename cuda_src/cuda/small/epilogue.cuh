@@ -108,7 +108,8 @@ struct Ahead {
 __device__ __forceinline__ void read_rope(const Args& a, int n, int row, float& cx, float& cy, float& sx,
                                           float& sy) {
   const int d2 = 32 * a.half;
-  const float* table = a.rope + a.positions[row * a.ld_positions] * a.ld_rope + (n & (d2 - 1));
+  const float* table =
+      a.rope + table_row(a.positions[row * a.ld_positions], a.rope_rows) * a.ld_rope + (n & (d2 - 1));
   cx = table[0], cy = table[1], sx = table[d2], sy = table[d2 + 1];
 }
 

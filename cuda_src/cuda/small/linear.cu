@@ -132,7 +132,7 @@ Args arguments(const Qkv& op, int step, int row0, int rows) {
   if (a.rotate > 0) {
     a.half = op.head_dim / 64;
     while (2 << a.half_shift <= a.half) ++a.half_shift;
-    a.rope = op.rope.at<const float>(step), a.ld_rope = op.rope.ld;
+    a.rope = op.rope.at<const float>(step), a.ld_rope = op.rope.ld, a.rope_rows = op.rope.rows;
     a.positions = static_cast<const int*>(row_at(op.positions, step, row0));
     a.ld_positions = op.positions.ld;
   }

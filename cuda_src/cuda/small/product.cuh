@@ -64,6 +64,7 @@ struct Args {
   // qkv
   const float* rope = nullptr;
   int64_t ld_rope = 0;
+  int rope_rows = 1;
   const int* positions = nullptr;
   int64_t ld_positions = 0;
   // euler
