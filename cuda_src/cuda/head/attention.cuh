@@ -22,7 +22,7 @@ __device__ __forceinline__ void send_outputs(const float (&acc)[32], const float
   const unsigned lane = threadIdx.x % 32, odd = lane & 1;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const unsigned owner = threadIdx.x % kGroup / 32 * 2 + h;
+    const unsigned owner = warp_index() % 4 * 2 + h;
     if (owner * 8 >= static_cast<unsigned>(t.rows)) continue;
     const uint32_t at = cluster_address(b.exchange() + group * kReceive, owner);
     const uint32_t barrier = cluster_address(b.sums(group), owner);
@@ -149,11 +149,11 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     float acc[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[i] = 0.0f;
-    const uint32_t v = values + pass * NK * kChunkBytes;
+    const uint64_t v = wgmma_tile_of_rows(values + pass * NK * kChunkBytes, 0);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < NK / 16; ++kk)
-      wgmma_registers<64>(acc, weights[kk], wgmma_tile_of_rows(v + kk * 2048, 0));
+      wgmma_registers<64>(acc, weights[kk], v + kk * (2048 >> 4));
     wgmma_commit();
     wgmma_wait<0>();
     if (t.parts & 8) send_outputs(acc, inverse, t, b, group, 8 * pass, octets);

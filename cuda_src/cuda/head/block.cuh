@@ -51,6 +51,12 @@ struct Slot {
     slot += count;
     while (slot >= slots) slot -= slots, parity ^= 1;
   }
+  // `count` at most `slots`: without a branch
+  __device__ __forceinline__ void advance(int count, int slots) {
+    slot += count;
+    const int over = slot >= slots;
+    slot -= over ? slots : 0, parity ^= over;
+  }
 };
 
 // Whether a block's warps have a part in a phase; else the loader says that it is done. As is_busy, but for
@@ -215,17 +221,16 @@ __device__ __forceinline__ uint64_t tile_of(uint32_t low) { return uint64_t{0x40
 
 // What a phase's products need to know, asked before x is there.
 struct Shape {
-  int count, per_stage, stages, slots, stage, w_step, x_step;  // steps and stage in 16 bytes
-  uint32_t x, ring;                                            // tile_low of where they begin
-  Slot at;                                                     // of the warpgroup's first stage
+  int count, per_stage, stages, slots, stage, x_step;  // stage and step in 16 bytes
+  uint32_t x, ring;                                    // tile_low of where they begin
+  Slot at;                                             // of the warpgroup's first stage
 };
 // `group`: of the warpgroups that take the stages in turn.
 __device__ __forceinline__ Shape shape_of(const Table& t, const Phase& p, const Block& b, const Share& s,
                                           int group, Carried& state) {
   Shape h;
   h.count = kept(s.count()), h.per_stage = kept(p.stage_chunks), h.slots = kept(t.slots);
-  h.stage = kept(t.stage >> 4), h.w_step = kept(p.tile_rows * kChunkBytes >> 4);
-  h.x_step = kept(t.rows * kChunkBytes >> 4);
+  h.stage = kept(t.stage >> 4), h.x_step = kept(t.rows * kChunkBytes >> 4);
   h.x = kept(tile_low(b.base)), h.ring = kept(tile_low(b.ring));
   h.stages = divide_up(h.count, h.per_stage);
   h.at = state.weights;
@@ -244,10 +249,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
 #pragma unroll 1
   for (int stage = first; stage < h.stages; stage += kStep) {
     const Slot at = h.at;
-    h.at.skip(kStep, h.slots);
-    if (!there) wait_on(b.full(at.slot), at.parity, w, kForWeights, at.slot);
-    // asked now, used after this stage's products are on their way
-    there = !weights || (stage + kStep < h.stages && try_wait(b.full(h.at.slot), h.at.parity));
+    if (!__all_sync(0xffffffffu, there)) wait_on(b.full(at.slot), at.parity, w, kForWeights, at.slot);
     const int chunk = stage * h.per_stage;
     uint32_t rows = h.ring + at.slot * h.stage, x = h.x + chunk * h.x_step;
     int left = min(h.per_stage, h.count - chunk);
@@ -257,8 +259,11 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk) multiply_add<N>(acc, tile_of(x + 2 * kk), tile_of(rows + 2 * kk));
       wgmma_commit();
-      x += h.x_step, rows += h.w_step;
+      x += h.x_step, rows += N * kChunkBytes >> 4;
     } while (--left > 0);
+    // asked while these products are on their way, used after them
+    h.at.advance(kStep, h.slots);
+    there = !weights || (stage + kStep < h.stages && try_wait(b.full(h.at.slot), h.at.parity));
     // all but the last chunk's have been read by this warp's part of the matrix unit, so the stage before has
     wgmma_wait<1>();
     if (before >= 0 && weights && threadIdx.x % 32 == 0) barrier_arrive(b.empty(before));

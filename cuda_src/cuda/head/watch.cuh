@@ -95,7 +95,7 @@ static __device__ __noinline__ bool wait_longer(uint32_t barrier, int parity, Wa
 // Waits for the end of the barrier's phase of this parity.
 __device__ __forceinline__ void wait_on(uint32_t barrier, int parity, Watch& w, unsigned what,
                                         unsigned detail) {
-  if (try_wait(barrier, parity) || w.over) return;
+  if (__all_sync(0xffffffffu, try_wait(barrier, parity) || w.over)) return;
   w.over = wait_longer(barrier, parity, w, what, detail);
 }
 
