@@ -152,8 +152,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     const uint64_t v = wgmma_tile_of_rows(values + pass * NK * kChunkBytes, 0);
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < NK / 16; ++kk)
-      wgmma_registers<64>(acc, weights[kk], v + kk * (2048 >> 4));
+    for (int kk = 0; kk < NK / 16; ++kk) wgmma_registers<64>(acc, weights[kk], v + kk * (2048 >> 4));
     wgmma_commit();
     wgmma_wait<0>();
     if (t.parts & 8) send_outputs(acc, inverse, t, b, group, 8 * pass, octets);
