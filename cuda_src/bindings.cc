@@ -107,6 +107,8 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("device_name", &vla::Engine::device_name)
       .def_property_readonly("weight_bytes", &vla::Engine::weight_bytes)
       .def_property_readonly("arena_bytes", &vla::Engine::arena_bytes)
+      .def_property_readonly("memory_in_use", &vla::Engine::memory_in_use)
+      .def("copy_rate", &vla::Engine::copy_rate, py::call_guard<py::gil_scoped_release>())
       .def("pack",
            [](vla::Engine& e, int packing, const std::vector<py::array>& parts, int rows) {
              const std::vector<vla::HostMatrix> given = matrices(parts);
@@ -177,6 +179,7 @@ PYBIND11_MODULE(_engine, m) {
              p.staged.clear();
            })
       .def("profile", &StagedProgram::profile, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("graph_nodes", &StagedProgram::graph_nodes)
       .def(
           "run",
           [](StagedProgram& p, int times) {

@@ -51,6 +51,8 @@ class Plan {
   // As run(), with the seconds that each operation took: `before`, then `body` (all steps together), then
   // `after`. Slower than run(), for looking; empty where the device cannot tell.
   virtual std::vector<double> profile() { return {}; }
+  // Of what run() launches at once; 0 where it launches nothing.
+  virtual size_t graph_nodes() const { return 0; }
 };
 
 class Device {
@@ -78,6 +80,11 @@ class Device {
   // Bytes held for packed weights and allocations, scratch included.
   virtual size_t weight_bytes() const = 0;
   virtual size_t scratch_bytes() const = 0;
+  // Bytes of the device's own memory that are in use, by whatever program; 0 where it has none.
+  virtual size_t memory_in_use() const { return 0; }
+  // Bytes a second, read and written, of the quickest of a few copies within the device's own memory; 0 where
+  // it has none. Takes twice `bytes` meanwhile.
+  virtual double copy_rate(size_t) { return 0; }
   // Runs operations once, at load (tables).
   virtual void run_once(const std::vector<Op>& ops) = 0;
   virtual std::unique_ptr<Plan> plan(Script script) = 0;

@@ -153,6 +153,8 @@ void Engine::reserve(size_t arena_bytes) {
 }
 
 size_t Engine::weight_bytes() const { return impl_->device->weight_bytes() + impl_->stored_size; }
+size_t Engine::memory_in_use() const { return impl_->device->memory_in_use(); }
+double Engine::copy_rate(size_t bytes) { return impl_->device->copy_rate(bytes); }
 size_t Engine::arena_bytes() const {
   return impl_->arena_size + impl_->table_size + impl_->device->scratch_bytes();
 }
@@ -273,5 +275,6 @@ void Program::stage(int index, const std::vector<Bytes>& rows) {
 void Program::settle() { finished(impl_->plan).settle(); }
 void Program::run() { finished(impl_->plan).run(); }
 std::vector<double> Program::profile() { return finished(impl_->plan).profile(); }
+size_t Program::graph_nodes() const { return finished(impl_->plan).graph_nodes(); }
 
 }  // namespace vla

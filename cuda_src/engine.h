@@ -55,6 +55,9 @@ class VLA_API Engine {
   void reserve(size_t arena_bytes);
   size_t weight_bytes() const;
   size_t arena_bytes() const;  // the arena, tables and scratch
+  // Of the device, see Device.
+  size_t memory_in_use() const;
+  double copy_rate(size_t bytes);
 
  private:
   friend class Program;
@@ -81,6 +84,7 @@ class VLA_API Program {
   void run();
   // Seconds of each operation that is not run at load, in the order they were added.
   std::vector<double> profile();
+  size_t graph_nodes() const;
 
  private:
   struct Impl;

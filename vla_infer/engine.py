@@ -137,6 +137,11 @@ class Program:
             stages[stage] = stages.get(stage, 0.0) + s
         return stages
 
+    @property
+    def graph_nodes(self) -> int:
+        """Of the CUDA graph that `run` launches; 0 on a CPU."""
+        return int(self._native.graph_nodes)
+
     def result(self, name: str) -> npt.NDArray[np.float32]:
         """A copy of an output as float32."""
         values = self.outputs[name]
@@ -214,6 +219,15 @@ class Engine:
     def arena_bytes(self) -> int:
         """Everything beside the weights: arena, tables and scratch."""
         return int(self._native.arena_bytes)
+
+    @property
+    def memory_in_use(self) -> int:
+        """Bytes of the GPU's memory that are in use, by every program on it; 0 on a CPU."""
+        return int(self._native.memory_in_use)
+
+    def copy_rate(self, size: int) -> float:
+        """Bytes a second, read and written, of copies of `size` bytes within the GPU's memory; 0 on a CPU."""
+        return float(self._native.copy_rate(size))
 
     def _matrix(self, w: Weight) -> Array:
         values = self._read(w.name)

@@ -78,6 +78,13 @@ class CudaDevice final : public Device {
                    {packed_bytes_e4m3, pack_e4m3});
   }
 
+  size_t memory_in_use() const override {
+    size_t free = 0, total = 0;
+    VLA_CHECK(cudaMemGetInfo(&free, &total), "asking for free memory");
+    return total - free;
+  }
+  double copy_rate(size_t bytes) override { return cuda::copy_rate(context_, bytes); }
+
   size_t weight_bytes() const override { return weight_bytes_; }
   size_t scratch_bytes() const override { return context_.scratch_bytes; }
 

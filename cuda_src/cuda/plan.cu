@@ -90,8 +90,10 @@ class CudaPlan final : public Plan {
       throw;
     }
     VLA_CHECK(cudaStreamEndCapture(context.stream, &graph), "capturing");
+    const cudaError_t counted = cudaGraphGetNodes(graph, nullptr, &nodes_);
     const cudaError_t made = cudaGraphInstantiate(&graph_, graph, 0);
     cudaGraphDestroy(graph);
+    VLA_CHECK(counted, "counting the graph's nodes");
     VLA_CHECK(made, "making the graph");
     VLA_CHECK(cudaGraphUpload(graph_, context.stream), "uploading the graph");
     VLA_CHECK(cudaStreamSynchronize(context.stream), "uploading the graph");
@@ -121,6 +123,8 @@ class CudaPlan final : public Plan {
     if (!p.by_kernel) filling.begin(context_.stream, &p);
   }
   void settle() override { context_.filling->finish(); }
+
+  size_t graph_nodes() const override { return nodes_; }
 
   std::vector<double> profile() override {
     run();  // inputs are where they belong
@@ -177,6 +181,7 @@ class CudaPlan final : public Plan {
   std::unique_ptr<PersistentLoop> loop_;  // null: the loop is launched operation by operation
   std::vector<Port> inputs_, outputs_;
   cudaGraphExec_t graph_ = nullptr;
+  size_t nodes_ = 0;
 };
 
 }  // namespace

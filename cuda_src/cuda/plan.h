@@ -67,6 +67,9 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
 std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
                             PersistentLoop* loop);
 
+// Bytes a second, read and written, of the quickest of a few copies of `bytes` within the device's memory.
+double copy_rate(const Context& context, size_t bytes);
+
 // The whole loop as one kernel (head/plan.cc).
 class PersistentLoop {
  public:

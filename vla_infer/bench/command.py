@@ -86,7 +86,7 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     elif plan.baselines:
         want, yardstick = expected(tape, read, sets[0], device=setup.device)
     ceilings = None
-    if on_cpu:
+    if not setup.device.startswith("reference"):
         ceilings = measure_ceilings(setup.precision, device=setup.device, threads=setup.threads or 1)
     load, start, reading = os.getloadavg()[0], time.perf_counter(), Reading(read)
     scales = eight.scales if eight else None
@@ -126,6 +126,9 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     report["stages"] = stages(program, costs, ceilings)
     if ceilings:
         report["ceilings"] = ceilings.json()
+    if isinstance(engine, Engine) and engine.programs[0].graph_nodes:
+        report["graph_nodes"] = engine.programs[0].graph_nodes
+        report["gpu_memory_mb"] = round(engine.memory_in_use / 1e6, 1)
     report["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
     if eight is not None:
         plain, compared = fp8.against_bfloat16(program, tape, read, setup, sets, plan)

@@ -22,7 +22,12 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['prompt']}-token prompt, {report['runs']} calls; weights {report['weight_mb']} MB, everything "
         f"else {report['arena_mb']} MB, {report['operations']} operations, loaded in {report['load_s']} s "
         f"({report['read_mb']} MB read in {report['read_s']} s), first action after {report['first_action_s']} s; "
-        f"load average {report['load_average']}.",
+        f"load average {report['load_average']}."
+        + (
+            f" {report['graph_nodes']} graph nodes; {report['gpu_memory_mb']} MB of the GPU in use, by everyone."
+            if "graph_nodes" in report
+            else ""
+        ),
     ]
     lines += _head("ms", "p50", "p95", "p99", "max")
     for name in ("call", "engine"):

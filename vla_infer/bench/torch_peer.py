@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,26 @@ def _captured(job: Job, run: Body) -> Callable[[int], npt.NDArray[np.float32]]:
             return actions
 
     return call
+
+
+def product_on_gpu(size: tuple[int, int, int], *, runs: int = 10) -> float | None:
+    """Seconds of the quickest bfloat16 product (m, n, k) of random numbers on the GPU; None where PyTorch has none."""
+    if not torch.cuda.is_available():
+        return None
+    m, n, k = size
+    a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]  # type: ignore[no-untyped-call]
+    with torch.inference_mode():
+        F.linear(a, b)
+        for mark in marks:
+            mark.record()
+            F.linear(a, b)
+        torch.cuda.synchronize()
+    best = min(first.elapsed_time(second) for first, second in itertools.pairwise(marks)) * 1e-3
+    del a, b
+    torch.cuda.empty_cache()
+    return float(best)
 
 
 def product(
