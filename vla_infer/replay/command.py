@@ -51,7 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", type=Path, help="write its tables here")
     parser.add_argument("--html", type=Path, help="write a page with plots here")
     parser.add_argument(
-        "--against", type=Path, metavar="BASELINE.json", help="compare; exit 1 when it got worse"
+        "--against",
+        type=Path,
+        metavar="BASELINE.json",
+        help="compare: exit 1 when it got worse, 3 when that cannot be told of times",
+    )
+    parser.add_argument(
+        "--against-python",
+        metavar="PYTHON",
+        help="compare with the vla_infer of another Python environment, its runs and these in turn",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        metavar="N",
+        help="runs, each in a process of its own; from 5 on times are judged (default: the baseline's, 7 with "
+        "--against-python, else 1)",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=30.0, help="seconds in all to wait for others' programs to end (30)"
+    )
+    parser.add_argument(
+        "--actions-only", action="store_true", help="compare what the policy does, not how fast"
     )
     parser.add_argument("--tolerance", type=float, default=0.10, help="relative slowdown that passes (0.10)")
     parser.add_argument(
@@ -68,34 +89,36 @@ def console() -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Replay, write what was asked for, compare. 0, or 1 when the comparison says that it got worse."""
+    """Replay, write what was asked for, compare: 0, 1 when it got worse, 3 when that cannot be told of times."""
     _check(args)
-    from . import compare, markdown, report  # numpy and rosbags are needed from here on
+    from . import compare, markdown, repeat, report  # numpy and rosbags are needed from here on
 
     baseline = report.read(args.against) if args.against else None
-    document, page_inputs = _replay(args)
+    number = args.repeat or repeat.default_number(args, baseline)
+    verdict = None
+    if number > 1 or args.against_python:
+        document, verdict = repeat.measure(args, number, baseline)
+    else:
+        document, page_inputs = _replay(args)
+        if args.html:
+            from .page import write_page
+
+            write_page(document, page_inputs, args.html)
+        if baseline is not None:
+            verdict = compare.compare(baseline, document, repeat.judging(args))
     text = markdown.markdown(document)
     if args.json:
         report.write(document, args.json)
-    if args.html:
-        from .page import write_page
-
-        write_page(document, page_inputs, args.html)
-    status = 0
-    if baseline is not None:
-        verdict = compare.compare(
-            baseline, document, tolerance=args.tolerance, action_tolerance=args.action_tolerance
-        )
+    if verdict is not None:
         text += "\n" + compare.markdown(verdict)
-        status = 1 if verdict.worse else 0
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(text)
     if not args.quiet:
         print(text)
-    elif baseline is not None:
+    elif verdict is not None:
         print(verdict.summary)
-    return status
+    return verdict.status if verdict is not None else 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -112,9 +135,21 @@ def _check(args: argparse.Namespace) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ReplayError(f"{name}: expected above 0, got {value}")
+    if args.repeat is not None and args.repeat < 1:
+        raise ReplayError(f"--repeat: expected 1 or more, got {args.repeat}")
+    if args.against and args.against_python:
+        raise ReplayError("--against and --against-python: one baseline at a time; leave out one of them")
+    if args.against_python and args.mode != "direct":
+        raise ReplayError(f"--against-python: only --mode direct runs in turn, got --mode {args.mode}")
+    if args.record is not None and ((args.repeat or 1) > 1 or args.against_python):
+        raise ReplayError("--record: one run is recorded; leave out --repeat and --against-python")
     if args.every_frame and args.mode != "direct":
         raise ReplayError(f"--every-frame: only --mode direct can stop the time, got --mode {args.mode}")
-    for name, value in {"--seconds": args.seconds, "--warmup": args.warmup}.items():
+    for name, value in {
+        "--seconds": args.seconds,
+        "--warmup": args.warmup,
+        "--patience": args.patience,
+    }.items():
         if value < 0:
             raise ReplayError(f"{name}: expected 0 or more, got {value}")
 

@@ -1,12 +1,13 @@
 """Two reports against each other: a ratio or an error with its interval for each metric, and a verdict.
 
-Intervals are 95 % ones of a moving-block bootstrap (Künsch 1989): latencies that follow each other are not
-independent, and blocks keep what they have in common. A metric is worse only when its whole interval lies
-beyond the tolerance, so that noise does not fail a run; `unsure` says that more samples are needed.
+Times are judged from several runs of each side, see `verdict`. Errors of actions are of one run: equal observations
+give equal actions. Their intervals are 95 % ones of a bootstrap over observations, of the open-loop error of a
+moving-block one (Künsch 1989), as observations that follow each other are not independent.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,51 +18,81 @@ from vla_infer.errors import ReplayError
 
 from .markdown import table
 from .report import load_actions
+from .runs import LEAST, disturbance, quiet, runs_of
 from .trace import FloatArray
+from .verdict import LEVEL, NOTICEABLE, TAIL_LEVEL, Finding, judge_ratio, judge_share
 
 RESAMPLES = 1000
-NOTICEABLE = 0.05  # ms: a difference below this is never worse, whatever its ratio
-WAITED = 5.0  # % of a run for which its threads waited for a processor: above, others disturbed it
 SHARE_TOLERANCE = 0.02  # absolute, of drops, misses and holds
-TIMES = ("inference", "engine", "preprocess", "capture_to_command", "capture_to_first_command")
-# A percentile is compared only where enough samples lie beyond it.
-QUANTILES = (("p50", 50.0, 20), ("p95", 95.0, 200), ("p99", 99.0, 1000))
+# Times, and what each is a part of.
+TIMES = {
+    "inference": "inference",
+    "engine": "inference",
+    "preprocess": "inference",
+    "capture_to_command": "capture_to_command",
+    "capture_to_first_command": "capture_to_command",
+}
+# A percentile is compared only where a run has enough samples beyond it: percentile, level, fewest samples.
+QUANTILES = (("p50", LEVEL, 20), ("p95", TAIL_LEVEL, 100), ("p99", TAIL_LEVEL, 500))
+DECISIVE = ("inference p50 ms", "capture_to_command p50 ms")  # without these there is no verdict on times
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One metric. value: the ratio to the baseline, or a difference or an error as `kind` says; low, high:
-    its interval; verdict: same, better, worse, unsure or not compared."""
+class Judging:
+    """tolerance: relative, of times; action_tolerance: of actions; times: whether these are judged at all;
+    turns: both sides ran in turn, so that the machine was the same for both."""
 
-    name: str
-    kind: str
-    baseline: float | None
-    run: float | None
-    value: float | None
-    low: float | None
-    high: float | None
-    verdict: str
+    tolerance: float = 0.10
+    action_tolerance: float = 0.005
+    times: bool = True
+    turns: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """undecided: why there is no verdict on times, empty where there is one."""
+
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    undecided: str = ""
 
     @property
     def worse(self) -> bool:
         return any(finding.verdict == "worse" for finding in self.findings)
 
     @property
+    def status(self) -> int:
+        """Exit status: 1 it got worse, 3 no verdict on times, 0 neither."""
+        return 1 if self.worse else 3 if self.undecided else 0
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the verdict hangs on a finding that further runs may change."""
+        return any(
+            (f.verdict == "worse" and not f.clear and f.kind != "error")
+            or (f.verdict == "unsure" and f.name in DECISIVE)
+            for f in self.findings
+        )
+
+    @property
     def summary(self) -> str:
         bad = [f"{f.name} ({_text(f)})" for f in self.findings if f.verdict == "worse"]
-        return f"worse: {', '.join(bad)}" if bad else "no regression"
+        if bad:
+            return f"worse: {', '.join(bad)}"
+        if self.undecided:
+            return f"no verdict on times: {self.undecided}; nothing else got worse"
+        doubts = [f"{f.name} ({_text(f)}, {_interval(f)})" for f in self.findings if f.verdict == "unsure"]
+        return "no regression" + (f"; unsure: {', '.join(doubts)}" if doubts else "")
 
 
 def compare(
-    baseline: dict[str, Any], run: dict[str, Any], *, tolerance: float, action_tolerance: float
+    baseline: dict[str, Any], run: dict[str, Any], judging: Judging, *, further: dict[str, Any] | None = None
 ) -> Comparison:
-    """Set a run against a baseline. Raises ReplayError where they are not of the same bag and mode."""
+    """Set a run against a baseline. further: those of the runs that were made because the first left doubt; what is
+    worse has to be so among these too.
+
+    Raises ReplayError where they are not of the same bag and mode.
+    """
     for name, ours, theirs in (
         ("bag", run["bag"]["sha256"], baseline["bag"]["sha256"]),
         ("mode", run["mode"], baseline["mode"]),
@@ -72,46 +103,120 @@ def compare(
                 f"--against: the baseline is of another {name} ({str(theirs)[:12]}, this run {str(ours)[:12]}); "
                 "make a baseline with the same"
             )
-    notes = []
+    notes: list[str] = []
     if run["policy"]["fingerprint"] != baseline["policy"]["fingerprint"]:
         notes.append("The policies differ, so differing actions are to be expected.")
-    timed = _same_machine(baseline, run)
-    if not timed:
-        notes.append("Another processor, GPU, engine device or contract: times are not compared.")
-    findings = _times(baseline, run, tolerance) if timed else []
-    if timed and _busy(baseline, run):
-        findings, doubted = _doubt(findings)
-        if doubted:
-            notes.append(
-                "Other processes took processor time from one of the runs: slower times are unsure, not worse. "
-                "Repeat on a quiet machine."
-            )
-    findings += _shares(baseline, run) if timed else []
-    findings += _actions(baseline, run, action_tolerance)
-    findings += _open_loop(baseline, run, tolerance)
-    return Comparison(tuple(findings), tuple(notes))
+    findings: list[Finding] = []
+    undecided = ""
+    if judging.times and not _comparable(baseline, run):
+        notes.append("Another processor, GPU, engine device, contract or --seconds: times are not compared.")
+    elif judging.times:
+        findings, undecided, said = _timed(baseline, run, judging, further)
+        notes += said
+    findings += _actions(baseline, run, judging.action_tolerance)
+    findings += _open_loop(baseline, run, judging.tolerance)
+    return Comparison(tuple(findings), tuple(notes), undecided)
 
 
-def _same_machine(baseline: dict[str, Any], run: dict[str, Any]) -> bool:
+def _comparable(baseline: dict[str, Any], run: dict[str, Any]) -> bool:
     if baseline["contract"]["sha256"] != run["contract"]["sha256"]:
+        return False
+    if baseline["settings"].get("seconds") != run["settings"].get("seconds"):
         return False
     return all(baseline["host"][key] == run["host"][key] for key in ("processor", "cores", "gpu")) and (
         baseline["policy"]["device"] == run["policy"]["device"]
     )
 
 
-def _busy(*documents: dict[str, Any]) -> bool:
-    return any(
-        document["host"]["load"] > document["host"]["cores"]
-        or (document["resources"].get("runqueue_wait_percent") or 0.0) > WAITED
-        for document in documents
+# --------------------------------------------------------------------- times
+def _timed(
+    baseline: dict[str, Any], run: dict[str, Any], judging: Judging, further: dict[str, Any] | None
+) -> tuple[list[Finding], str, list[str]]:
+    """Findings on times and shares, why they are no verdict, and what was left out."""
+    findings = _over_runs(baseline, run, judging.tolerance)
+    if further is not None:
+        again = {f.name: f.verdict for f in _over_runs(baseline, further, judging.tolerance)}
+        findings = [
+            replace(f, verdict="unsure") if f.verdict == "worse" and again.get(f.name) != "worse" else f
+            for f in findings
+        ]
+    notes = [
+        note
+        for side, document in (("baseline", baseline), ("this", run))
+        for note in _left_out(side, document)
+    ]
+    undecided = _too_few(baseline, run) or (
+        "" if judging.turns else _other_clock(baseline, run, judging.tolerance)
     )
+    if undecided:
+        # What the machine may have done is no verdict, whichever way it points.
+        findings = [replace(f, verdict="not judged", clear=False) for f in findings]
+    else:
+        wide = [f for f in findings if f.verdict == "unsure" and f.name in DECISIVE]
+        undecided = "; ".join(f"{f.name} changed by {_text(f)}, {_interval(f)}" for f in wide)
+    return findings, undecided, notes
 
 
-def _doubt(findings: list[Finding]) -> tuple[list[Finding], bool]:
-    """Times by the clock, on a machine that others used too: a slowdown cannot be told from theirs."""
-    kept = [replace(f, verdict="unsure") if f.verdict == "worse" else f for f in findings]
-    return kept, kept != findings
+def _over_runs(baseline: dict[str, Any], run: dict[str, Any], tolerance: float) -> list[Finding]:
+    old, new = quiet(baseline), quiet(run)
+    findings = []
+    for name, of in TIMES.items():
+        for label, level, least in QUANTILES:
+            before, after = (_values(runs, name, label, least) for runs in (old, new))
+            whole = _values(old, of, "p50", 1)
+            if before and after and whole:
+                found = judge_ratio(
+                    f"{name} {label} ms", before, after,
+                    tolerance=tolerance, whole=float(np.median(whole)), level=level,
+                )  # fmt: skip
+                findings.append(found)
+    for name in ("dropped", "deadline misses", "commands held"):
+        before, after = (
+            [r["shares"][name] for r in runs if r["shares"].get(name) is not None] for runs in (old, new)
+        )
+        if before and after:
+            findings.append(judge_share(name, before, after, tolerance=SHARE_TOLERANCE))
+    return findings
+
+
+def _values(runs: list[dict[str, Any]], name: str, label: str, least: int) -> list[float]:
+    """A percentile of every run that has at least so many samples, ms."""
+    summaries = [run["latency_ms"].get(name) for run in runs]
+    return [float(s[label]) for s in summaries if s is not None and s["count"] >= least]
+
+
+def _left_out(side: str, document: dict[str, Any]) -> list[str]:
+    runs = runs_of(document)
+    reasons = [reason for run in runs if (reason := disturbance(run, document["host"]["cores"]))]
+    if not reasons:
+        return []
+    return [f"Left out as disturbed, {side} side: {len(reasons)} of {len(runs)} runs ({reasons[0]})."]
+
+
+def _too_few(baseline: dict[str, Any], run: dict[str, Any]) -> str:
+    """Why the undisturbed runs of the two sides are too few, empty where they are enough."""
+    for side, document in (("the baseline", baseline), ("this report", run)):
+        every, good = len(runs_of(document)), len(quiet(document))
+        if every < LEAST:
+            return f"{side} is of {every} run{'s' * (every > 1)}, {LEAST} are needed; give --repeat 7 for it"
+        if good < LEAST:
+            said = f"disturbed: {good} of {every} runs of {side} were not, {LEAST} are needed"
+            return f"{said}; repeat on a quiet machine"
+    return ""
+
+
+def _other_clock(baseline: dict[str, Any], run: dict[str, Any], tolerance: float) -> str:
+    """Whether the processor itself was faster or slower by half the tolerance, by what hashing takes."""
+    if baseline["software"].get("python") != run["software"].get("python"):
+        return ""  # another interpreter may have another SHA-256
+    sides = [[r["resources"].get("yardstick_ms") for r in quiet(d)] for d in (baseline, run)]
+    known = [[value for value in side if value] for side in sides]
+    if not all(known):
+        return ""
+    ratio = float(np.median(known[1]) / np.median(known[0]))
+    if abs(math.log(ratio)) <= math.log1p(tolerance / 2):
+        return ""
+    return f"the processor itself takes ×{ratio:.2f} for the same hashing, so it is clocked otherwise than it was"
 
 
 # ----------------------------------------------------------------- bootstrap
@@ -133,21 +238,22 @@ def interval(values: npt.ArrayLike) -> tuple[float, float]:
 
 
 def ratio_finding(name: str, old: FloatArray, new: FloatArray, percent: float, tolerance: float) -> Finding:
-    """How a percentile of `new` relates to that of `old`; lower is better."""
+    """How a percentile of `new` relates to that of `old`, both of one run; lower is better."""
     random = np.random.default_rng(0)
     before, after = float(np.percentile(old, percent)), float(np.percentile(new, percent))
     ratios = _percentiles(new, percent, random) / np.maximum(_percentiles(old, percent, random), 1e-9)
     low, high = interval(ratios)
     value = after / max(before, 1e-9)
     verdict = "same"
+    clear = low > 1 + tolerance
     if abs(after - before) >= NOTICEABLE:
-        if low > 1 + tolerance:
+        if clear:
             verdict = "worse"
         elif high < 1 / (1 + tolerance):
             verdict = "better"
         elif value > 1 + tolerance:
             verdict = "unsure"
-    return Finding(name, "ratio", before, after, value, low, high, verdict)
+    return Finding(name, "ratio", before, after, value, low, high, verdict, clear)
 
 
 def _percentiles(values: FloatArray, percent: float, random: np.random.Generator) -> FloatArray:
@@ -155,58 +261,7 @@ def _percentiles(values: FloatArray, percent: float, random: np.random.Generator
     return found
 
 
-# ------------------------------------------------------------------- metrics
-def _times(baseline: dict[str, Any], run: dict[str, Any], tolerance: float) -> list[Finding]:
-    findings = []
-    for name in TIMES:
-        old, new = (np.array(d["samples"].get(name, []), np.float64) for d in (baseline, run))
-        for label, percent, least in QUANTILES:
-            if min(old.size, new.size) >= least:
-                findings.append(ratio_finding(f"{name} {label} ms", old, new, percent, tolerance))
-    return findings
-
-
-def _shares(baseline: dict[str, Any], run: dict[str, Any]) -> list[Finding]:
-    """Drops, deadline misses and holds: shares of what there was, compared by their difference."""
-    findings = []
-    for name, (old_hits, old_all), (new_hits, new_all) in (
-        ("dropped", _dropped(baseline), _dropped(run)),
-        ("deadline misses", _missed(baseline), _missed(run)),
-        ("commands held", _held(baseline), _held(run)),
-    ):
-        if not old_all or not new_all:
-            continue
-        old, new = old_hits / old_all, new_hits / new_all
-        # Normal interval of a difference of two shares, with half a hit added so that 0 has a width too.
-        spread = 1.96 * np.sqrt(_variance(old_hits, old_all) + _variance(new_hits, new_all))
-        low, high = new - old - spread, new - old + spread
-        verdict = "worse" if low > SHARE_TOLERANCE else "better" if high < -SHARE_TOLERANCE else "same"
-        if verdict == "same" and new - old > SHARE_TOLERANCE:
-            verdict = "unsure"
-        findings.append(Finding(name, "difference", old, new, new - old, float(low), float(high), verdict))
-    return findings
-
-
-def _variance(hits: int, number: int) -> float:
-    share = (hits + 0.5) / (number + 1)
-    return share * (1 - share) / number
-
-
-def _dropped(document: dict[str, Any]) -> tuple[int, int]:
-    frames = document["frames"]
-    return frames["dropped"], min(frames["images_sent"].values(), default=0)
-
-
-def _missed(document: dict[str, Any]) -> tuple[int, int]:
-    control = document["control"]
-    return (control["deadline_misses"], control["commands_played"]) if control else (0, 0)
-
-
-def _held(document: dict[str, Any]) -> tuple[int, int]:
-    control = document["control"]
-    return (control["commands_held"], control["commands"]) if control else (0, 0)
-
-
+# ------------------------------------------------------------------- actions
 def _actions(baseline: dict[str, Any], run: dict[str, Any], tolerance: float) -> list[Finding]:
     """Relative L2 error of the actions of equal observations, over all and for the worst joint."""
     old, new = load_actions(baseline), load_actions(run)
@@ -264,7 +319,7 @@ def markdown(comparison: Comparison) -> str:
         ]
         for f in comparison.findings
     ]
-    head = ["metric", "baseline", "this run", "change", "95 % interval", "verdict"]
+    head = ["metric", "baseline", "this run", "change", "interval", "verdict"]
     parts = [f"### Against the baseline: {comparison.summary}", table(head, rows), *comparison.notes]
     return "\n\n".join(parts) + "\n"
 

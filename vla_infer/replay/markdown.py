@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .age import PARTS, split
+from .runs import described
 
 LATENCIES = {
     "capture_to_command": "capture → command (age at actuation)",
@@ -42,6 +43,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['host']['cores']} cores, GPU {document['host']['gpu'] or 'none'}. "
         f"Bag {bag['sha256'][:12]}, policy {policy['fingerprint'][:12]}.",
     ]
+    if text := described(document):
+        parts.append(text)
     rows = [
         [label, *(f"{values[column]:.2f}" for column in _COLUMNS), f"{values['count']:.0f}"]
         for name, label in LATENCIES.items()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import statistics
 import threading
 import time
 from contextlib import suppress
@@ -27,6 +29,39 @@ def waited(pid: int) -> float:
         with suppress(OSError, IndexError, ValueError):
             total += int(task.read_text().split()[1])
     return total * 1e-9
+
+
+def machine() -> tuple[float, float]:
+    """Seconds so far for which the processors that this process may use ran programs, and were taken away by a host
+    of virtual machines (`steal`): /proc/stat, see proc(5). Interrupts are left out."""
+    busy = stolen = 0
+    usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in usable:
+            busy += sum(int(field) for field in fields[:3])  # user (guests with it), nice, system
+            stolen += int(fields[7]) if len(fields) > 7 else 0
+    return busy / _TICKS, stolen / _TICKS
+
+
+def preempted(pid: int) -> int:
+    """How often threads of a process that live had a processor taken from them."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").glob("*/status"):
+        with suppress(OSError, IndexError, ValueError):
+            total += int(task.read_text().rsplit("nonvoluntary_ctxt_switches:", 1)[1].split()[0])
+    return total
+
+
+def yardstick(times: int = 15) -> list[float]:
+    """ms that SHA-256 of 1 MiB takes, so many times: it stays in registers and the nearest cache, so that it tells
+    how fast a processor is clocked now and nothing of this package."""
+    block, taken = bytes(1 << 20), []
+    for _ in range(times):
+        began = time.perf_counter()
+        hashlib.sha256(block).digest()
+        taken.append((time.perf_counter() - began) * 1e3)
+    return taken
 
 
 def visible_gpu(device: str) -> str:
@@ -93,12 +128,18 @@ class Sampler:
         self._interval = interval
         self._nvml = _Nvml(device)
         self._waited = 0.0
+        self._preempted = 0
+        self._own = {pid, os.getpid()}  # over ROS also the process that plays the recording
+        self._machine: list[tuple[float, float, float]] = []  # busy, stolen, own: s, before and after
+        self._yardstick: list[float] = []
         self._stop = threading.Event()
         self._rows: list[tuple[float, float, int, int, dict[str, float]]] = []
         self._thread = threading.Thread(target=self._run, name="resources", daemon=True)
 
     def start(self) -> None:
-        self._waited = waited(self._pid)
+        self._yardstick = yardstick()
+        self._waited, self._preempted = waited(self._pid), preempted(self._pid)
+        self._look()
         self._sample()
         self._thread.start()
 
@@ -115,7 +156,15 @@ class Sampler:
             self._stop.set()
             self._thread.join()
             self._sample()
+            self._look()
             self._waited = max(0.0, waited(self._pid) - self._waited)
+            self._preempted = max(0, preempted(self._pid) - self._preempted)
+            self._yardstick += yardstick()
+
+    def _look(self) -> None:
+        with suppress(OSError, ValueError):
+            own = sum(process_figures(pid)[0] for pid in self._own)
+            self._machine.append((*machine(), own))
 
     def figures(self, *, inferences: int, commands: int) -> dict[str, float | None]:
         """Means and maxima over the run; the growth figures are of its second half, the steady state."""
@@ -128,6 +177,9 @@ class Sampler:
         result: dict[str, float | None] = {
             "cpu_percent": round(100.0 * (rows[-1][1] - rows[0][1]) / span, 2) if span > 0 else None,
             "runqueue_wait_percent": round(100.0 * self._waited / span, 2) if span > 0 else None,
+            "involuntary_switches": float(self._preempted),
+            **self._others(span),
+            "yardstick_ms": round(statistics.median(self._yardstick), 5),
             "cpu_s_per_inference": round((rows[-1][1] - rows[0][1]) / max(1, inferences), 6),
             "memory_mb_max": round(max(row[2] for row in rows) / 1e6, 2),
             "memory_growth_mb": round((rows[-1][2] - half[2]) / 1e6, 3),
@@ -142,3 +194,14 @@ class Sampler:
         known = len(energy) > 1 and commands
         result["gpu_energy_j_per_command"] = round((energy[-1] - energy[0]) / commands, 5) if known else None
         return result
+
+    def _others(self, span: float) -> dict[str, float | None]:
+        """What other processes, and a host of virtual machines, took of all processors; % of the run."""
+        if len(self._machine) != 2 or span <= 0:
+            return {"others_percent": None, "steal_percent": None}
+        busy, stolen, own = (after - before for before, after in zip(*self._machine, strict=True))
+        scale = 100.0 / (span * len(os.sched_getaffinity(0)))
+        return {
+            "others_percent": round(scale * max(0.0, busy - own), 2),
+            "steal_percent": round(scale * stolen, 2),
+        }
