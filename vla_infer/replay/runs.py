@@ -8,7 +8,7 @@ from vla_infer.errors import ReplayError
 
 LEAST = 5  # undisturbed runs of a side that a verdict on times needs; with 4 no interval reaches 99 %
 WAITED = 5.0  # % of a run for which its threads waited for a processor
-OTHERS = 10.0  # % of all processors that other programs used meanwhile
+OTHERS = 25.0  # % of all processors that other programs used meanwhile
 STOLEN = 2.0  # % of all processors that a host of virtual machines kept for itself
 
 
