@@ -349,7 +349,7 @@ def test_sides_run_in_turn_until_each_has_enough(one: dict[str, Any]) -> None:
 
 
 def test_patience_ends_when_the_machine_is_quiet_or_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2 processors, 1.2 s are used in each of the first three intervals of 2 s, then nothing."""
+    """Of 2 processors, 1.2 s (30 %) are used in each of the first three intervals of 2 s, then nothing."""
     clock, used = (
         [0.0],
         [0.0, 1.2, 1.2, 2.4, 2.4, 3.6, 3.6, 3.6, *[3.6 + k for k in range(1, 9) for _ in "ab"]],
@@ -360,7 +360,7 @@ def test_patience_ends_when_the_machine_is_quiet_or_it_is_spent(monkeypatch: pyt
     wait = repeat.Patience(argparse.Namespace(patience=11.0, quiet=True))
     wait()
     assert clock[-1] == 8.0
-    used[:] = [float(k) for k in range(20)]  # busy from now on
+    used[:] = [2.0 * k for k in range(20)]  # busy from now on
     wait()
     assert clock[-1] == 12.0
     wait()
