@@ -84,6 +84,8 @@ struct Sizes {
   const char* name;
   int layers, width, mlp, heads, kv_heads, d, prefix, m, steps;
   bool adaptive, cross, time_mlp;
+  int state = 0;  // rows before the actions' that are the same at every step
+  int actions() const { return m - state; }
 };
 
 // W (n, k) in the packing of small/pack.cu: what that kernel writes, computed another way than layout.h does.
@@ -124,8 +126,9 @@ class Head {
  public:
   explicit Head(const Sizes& s) : s_(s) {
     const int q = s.heads * s.d, kv = s.kv_heads * s.d, total = s.prefix + s.m;
-    actions_ = heap_.matrix(s.m, 32, DType::kF32, 1.0f);
-    const View x = bf16(s.m, s.width), x2 = bf16(s.m, s.width), h = bf16(s.m, s.mlp), queries = bf16(s.m, q);
+    actions_ = heap_.matrix(s.actions(), 32, DType::kF32, 1.0f);
+    const View x = bf16(s.m, s.width), begin = s.state ? bf16(s.m, s.width) : x, x2 = bf16(s.m, s.width),
+               h = bf16(s.m, s.mlp), queries = bf16(s.m, q);
     const View mixed = bf16(s.m, q), rope = heap_.matrix(total, s.d, DType::kF32, 0.7f);
     View positions = heap_.matrix(total, 1, DType::kI32, 0.0f), blocks = positions;
     blocks = heap_.matrix(total, 1, DType::kI32, 0.0f);
@@ -134,7 +137,7 @@ class Head {
       Heap::set(blocks, i, 0, i < s.prefix ? float(i % 5 == 3 ? 1 << 30 : 0) : float(2 + i - s.prefix));
     const View own = rows_of(positions, s.prefix, s.m);
     if (s.time_mlp) {
-      const View a = bf16(s.m, s.width), b = bf16(s.m, s.width);
+      const View a = bf16(s.actions(), s.width), b = bf16(s.actions(), s.width);
       Linear in;
       in.x = actions_, in.out = a, in.bias = vector(s.width), in.w = weight({s.width}, 32);
       body_.push_back(in);
@@ -143,11 +146,13 @@ class Head {
       mid.w = weight({s.width}, s.width);
       body_.push_back(mid);
       Linear out;
-      out.x = b, out.out = x, out.bias = vector(s.width), out.w = weight({s.width}, s.width);
+      out.x = b, out.out = rows_of(begin, s.state, s.actions()), out.bias = vector(s.width),
+      out.w = weight({s.width}, s.width);
       body_.push_back(out);
     } else {
       Linear in;
-      in.x = actions_, in.out = x, in.bias = vector(s.width), in.w = weight({s.width}, 32);
+      in.x = actions_, in.out = rows_of(begin, s.state, s.actions()), in.bias = vector(s.width),
+      in.w = weight({s.width}, 32);
       body_.push_back(in);
     }
     for (int i = 0; i < s.layers; ++i) {
@@ -155,7 +160,9 @@ class Head {
                  v = heap_.matrix(total, kv, DType::kBF16, 1.0f);
       const bool cross = s.cross && i % 2;
       Qkv qkv;
-      qkv.x = x, qkv.q = queries, qkv.rope = rope, qkv.positions = own, qkv.head_dim = s.d, qkv.norm = norm();
+      const View before = i == 0 ? begin : x;
+      qkv.x = before, qkv.q = queries, qkv.rope = rope, qkv.positions = own, qkv.head_dim = s.d,
+      qkv.norm = norm();
       if (!cross) qkv.k = rows_of(k, s.prefix, s.m), qkv.v = rows_of(v, s.prefix, s.m);
       qkv.w = weight(cross ? std::vector<int>{q} : std::vector<int>{q, kv, kv}, s.width);
       body_.push_back(qkv);
@@ -165,7 +172,7 @@ class Head {
       a.q_block = rows_of(blocks, s.prefix, s.m), a.k_block = rows_of(blocks, 0, keys);
       body_.push_back(a);
       Linear o;
-      o.x = mixed, o.out = x2, o.residual = x, o.w = weight({s.width}, q);
+      o.x = mixed, o.out = x2, o.residual = before, o.w = weight({s.width}, q);
       if (s.adaptive) o.gate = vector(s.width, true);
       body_.push_back(o);
       GatedLinear g;
@@ -178,8 +185,10 @@ class Head {
       body_.push_back(down);
     }
     Euler e;
-    e.h = x, e.bias = vector(32), e.x = actions_, e.previous = heap_.matrix(s.m, 32, DType::kF32, 1.0f);
-    e.weight = heap_.matrix(s.m, 1, DType::kF32, 0.5f), e.gain = number(), e.time = number(), e.norm = norm();
+    e.h = rows_of(x, s.state, s.actions()), e.bias = vector(32), e.x = actions_;
+    e.previous = heap_.matrix(s.actions(), 32, DType::kF32, 1.0f);
+    e.weight = heap_.matrix(s.actions(), 1, DType::kF32, 0.5f), e.gain = number(), e.time = number(),
+    e.norm = norm();
     e.w = weight({32}, s.width), e.dt = -1.0f / float(s.steps);
     body_.push_back(e);
     for (const Op& op : body_) facts_.push_back(fact(op));
@@ -344,12 +353,12 @@ class Head {
   }
   std::vector<float> sample() const {
     std::vector<float> v;
-    for (int i = 0; i < s_.m; ++i)
+    for (int i = 0; i < s_.actions(); ++i)
       for (int j = 0; j < 32; ++j) v.push_back(float(Heap::get(actions_, i, j)));
     return v;
   }
   void restore(const std::vector<float>& v) {
-    for (int i = 0; i < s_.m; ++i)
+    for (int i = 0; i < s_.actions(); ++i)
       for (int j = 0; j < 32; ++j) Heap::set(actions_, i, j, v[i * 32 + j]);
   }
 

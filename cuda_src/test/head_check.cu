@@ -49,6 +49,8 @@ void relocate(Table& t, const Move& move) {
       auto& a = p.attention;
       move(a.k), move(a.v), move(a.packed_k), move(a.packed_v), move(a.fresh_k), move(a.fresh_v),
           move(a.q_block), move(a.k_block);
+    } else if (p.kind == Kind::kLinear) {
+      move(p.linear.fixed);
     } else if (p.kind == Kind::kEuler) {
       auto& e = p.euler;
       move(e.sample), move(e.previous), move(e.weight), move(e.gain.p), move(e.time.p);
@@ -76,7 +78,7 @@ std::vector<Region> written(const Table& t, const Phase& p) {
     all.push_back({"v", bytes_of(p.qkv.fresh_v), fresh, false});
   }
   if (p.kind == Kind::kEuler)
-    all.push_back({"actions", bytes_of(p.euler.sample), size_t(t.m) * p.euler.ld_sample * 4, true});
+    all.push_back({"actions", bytes_of(p.euler.sample), size_t(t.m - t.first) * p.euler.ld_sample * 4, true});
   return all;
 }
 double difference(const std::byte* got, const std::byte* want, size_t bytes, bool f32) {
@@ -110,13 +112,13 @@ class Copy {
   void send() { TEST_CUDA(cudaMemcpy(device_, head_.heap().base, bytes_, cudaMemcpyHostToDevice)); }
   // The noise back; all other memory stays as the run before has left it.
   void reset(float last = 0.0f) {
-    std::vector<float> noise(size_t(s_.m) * 32);
+    std::vector<float> noise(size_t(s_.actions()) * 32);
     std::memcpy(noise.data(), head_.heap().base + actions_, noise.size() * 4);
     noise.back() += last;
     TEST_CUDA(cudaMemcpy(device_ + actions_, noise.data(), noise.size() * 4, cudaMemcpyHostToDevice));
   }
   std::vector<float> actions() const {
-    std::vector<float> got(size_t(s_.m) * 32);
+    std::vector<float> got(size_t(s_.actions()) * 32);
     TEST_CUDA(cudaMemcpy(got.data(), device_ + actions_, got.size() * 4, cudaMemcpyDeviceToHost));
     return got;
   }
@@ -299,10 +301,12 @@ struct Suite {
         {"tiny, cross", 2, 80, 72, 3, 1, 64, 33, 17, 2, false, true, true},
         {"tiny, heads of 256", 1, 128, 64, 2, 1, 256, 40, 50, 2, true, false, false},
         {"tiny, 64 rows", 2, 72, 200, 4, 2, 128, 9, 64, 1, false, false, true},
+        {"tiny, a state", 2, 96, 136, 4, 1, 64, 40, 18, 3, false, false, true, 1},
+        {"tiny, three rows before", 2, 80, 72, 3, 1, 64, 33, 51, 2, false, false, false, 3},
         {"tiny, 30 steps", 2, 96, 136, 4, 1, 64, 40, 50, 30, true, false, false},
         {"two layers of SmolVLA", 2, 720, 2048, 15, 5, 64, 177, 50, 2, false, true, true},
         {"a layer of pi0.5", 1, 1024, 4096, 8, 1, 256, 560, 50, 2, true, false, false},
-        {"a layer of pi0, H=10", 1, 1024, 4096, 8, 1, 256, 561, 10, 2, false, false, true},
+        {"a layer of pi0, H=10", 1, 1024, 4096, 8, 1, 256, 560, 11, 2, false, false, true, 1},
         {"a layer of pi0.5, 3 cameras", 1, 1024, 4096, 8, 1, 256, 816, 51, 1, true, false, false},
     };
     for (const Sizes& s : sizes) {

@@ -19,6 +19,8 @@ int main(int argc, char** argv) {
       {"tiny, cross", 2, 80, 72, 3, 1, 64, 33, 17, 2, false, true, true},
       {"tiny, heads of 256", 1, 128, 64, 2, 1, 256, 40, 50, 2, true, false, false},
       {"tiny, 64 rows", 2, 72, 200, 4, 2, 128, 9, 64, 1, false, false, true},
+      {"tiny, a state", 2, 96, 136, 4, 1, 64, 40, 18, 3, false, false, true, 1},
+      {"tiny, three rows before", 2, 80, 72, 3, 1, 64, 33, 51, 2, false, false, false, 3},
       {"one layer of SmolVLA", 2, 720, 2048, 15, 5, 64, 177, 50, 1, false, true, true},
       {"one layer of pi0.5", 1, 1024, 4096, 8, 1, 256, 560, 50, 1, true, false, false},
   };
@@ -49,7 +51,7 @@ int main(int argc, char** argv) {
       {"SmolVLA", 16, 720, 2048, 15, 5, 64, 177, 50, 10, false, true, true},
       {"pi0.5", 18, 1024, 4096, 8, 1, 256, 560, 50, 10, true, false, false},
       {"pi0.5 H=10", 18, 1024, 4096, 8, 1, 256, 560, 10, 10, true, false, false},
-      {"pi0", 18, 1024, 4096, 8, 1, 256, 561, 50, 10, false, false, true},
+      {"pi0", 18, 1024, 4096, 8, 1, 256, 560, 51, 10, false, false, true, 1},
       {"pi0.5, 3 cameras", 18, 1024, 4096, 8, 1, 256, 816, 50, 10, true, false, false},
   };
   for (Sizes s : real) {

@@ -34,9 +34,9 @@ inline void Head::walk() {
             a.packed_v[to] = key < a.prefix ? a.v[int64_t(key) * a.ld_v + head * p.head_dim + col] : Bits(0);
           }
   }
-  for (int row = 0; row < t.m; ++row)
+  for (int row = 0; row < t.m - t.first; ++row)
     for (int col = 0; col < t.action_n; ++col)
-      t.actions[act_index(R, row, col)] = to_bits(t.sample[row * t.ld_sample + col]);
+      t.actions[act_index(R, t.first + row, col)] = to_bits(t.sample[row * t.ld_sample + col]);
 
   const auto rms_of = [&](const Phase& p, int row) {
     if (!p.normed || row >= t.m) return 1.0;
@@ -153,14 +153,18 @@ inline void Head::walk() {
                 y += value(p.shift, 0.0) + value(p.bias, 0.0);
                 if (p.kind == Kind::kEuler) {
                   const EulerPart& q = p.euler;
-                  float* x = q.sample + row * q.ld_sample + column + e;
+                  const int action = row - t.first;
+                  if (action < 0) continue;
+                  float* x = q.sample + action * q.ld_sample + column + e;
                   const double error =
-                      q.previous[row * q.ld_previous + column + e] - (*x - *q.time.at(step) * y);
-                  *x = float(*x + q.dt * (y - *q.gain.at(step) * q.weight[row * q.ld_weight] * error));
+                      q.previous[action * q.ld_previous + column + e] - (*x - *q.time.at(step) * y);
+                  *x = float(*x + q.dt * (y - *q.gain.at(step) * q.weight[action * q.ld_weight] * error));
                   p.out[act_index(R, row, column + e)] = to_bits(*x);
                   continue;
                 }
                 y = act_of(p.scale * y, p.act) * value(p.gate, 1.0) + (p.residual ? kept[e] : 0.0);
+                if (row < t.first && p.linear.fixed)
+                  y = number[p.linear.fixed[row * p.linear.ld_fixed + column + e]];
                 kept[e] = float(y);
                 squares[piece.row * kSquareParts + square_part(thread, tile)] += y * y;
                 p.out[act_index(R, row, column + e)] =
@@ -262,7 +266,16 @@ inline void Head::reference() {
   const auto rows_from = [&](const View& v) {
     if (const auto it = value.find(v.base); it != value.end()) return it->second;
     Rows r(size_t(v.rows) * v.cols);
-    for (int i = 0; i < v.rows; ++i)
+    // the last rows of what is known whole, or the other way round
+    const int64_t before = s_.state * v.ld * int64_t(size_of(v.dtype));
+    if (const auto whole = value.find(v.base - before); v.rows == s_.actions() && whole != value.end()) {
+      std::copy(whole->second.begin() + int64_t(s_.state) * v.cols, whole->second.end(), r.begin());
+      return r;
+    }
+    const auto part = s_.state > 0 && v.rows == s_.m ? value.find(v.base + before) : value.end();
+    if (part != value.end())
+      std::copy(part->second.begin(), part->second.end(), r.begin() + int64_t(s_.state) * v.cols);
+    for (int i = 0; i < (part != value.end() ? s_.state : v.rows); ++i)
       for (int j = 0; j < v.cols; ++j) r[size_t(i) * v.cols + j] = Heap::get(v, i, j);
     return r;
   };

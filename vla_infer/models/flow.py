@@ -87,9 +87,8 @@ class ActionTimeMlp:
         bias = t.temp("time_bias", (times.rows, width), "f32")
         self.bias = t.linear(times, of_time, bias=t.param(f"{name}.bias", (1, width)), out=bias)
 
-    def __call__(self, actions: Tensor, loop: Loop) -> Tensor:
+    def __call__(self, actions: Tensor, loop: Loop, out: Tensor | None = None) -> Tensor:
         x = affine(self.t, actions, "model.action_in_proj", self.width)
         x = self.t.linear(x, self.of_action, bias=self.bias.at(loop), act="silu")
-        return self.t.linear(
-            x, self.out, bias=self.t.param("model.action_time_mlp_out.bias", (1, self.width))
-        )
+        bias = self.t.param("model.action_time_mlp_out.bias", (1, self.width))
+        return self.t.linear(x, self.out, bias=bias, out=out)

@@ -132,11 +132,12 @@ def denoise(
     embed: Callable[[Tensor, Loop], Tensor],
     adapt: Callable[[Loop], L.NormOf] | None = None,
 ) -> None:
-    """The loop over the last rows of the sequence, the actions. `embed` makes them hidden states, `adapt` norms."""
+    """The loop over the last rows of the sequence. `embed` makes hidden states of them from the actions, which are the
+    last of them; `adapt` makes norms."""
     flow = F.flow_inputs(t, s.horizon, s.action_dim, s.steps)
     with t.loop(s.steps) as step:
         expert = L.Stack(t, s.expert, EXPERT, adapt(step) if adapt else None)
         x = embed(flow.actions, step)
         for i, cache in enumerate(seq.caches):
-            x = expert.after_attention(x, expert.attend(x, i, seq, cache, seq.rows - s.horizon), i)
-        F.step(t, x, expert.norm("norm")[0], flow, step)
+            x = expert.after_attention(x, expert.attend(x, i, seq, cache, seq.rows - x.rows), i)
+        F.step(t, x[x.rows - s.horizon :], expert.norm("norm")[0], flow, step)

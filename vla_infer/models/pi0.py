@@ -9,7 +9,7 @@ from vla_infer.models import flow as F
 from vla_infer.models import layers as L
 from vla_infer.models import paligemma as P
 from vla_infer.models.paligemma import Sizes, sizes
-from vla_infer.tape import Tape
+from vla_infer.tape import Loop, Tape, Tensor
 
 __all__ = ["Sizes", "index_inputs", "record", "sizes"]
 
@@ -24,12 +24,19 @@ def record(s: Sizes, *, prompt: int, frame_bytes: int, probes: bool = False) -> 
     prefix = s.cameras * s.image_tokens + prompt
     seq = L.sequence(t, prefix + 1 + s.horizon, s.text, P.WAVELENGTH)
     P.prefix(t, s, seq, prompt=prompt, frame_bytes=frame_bytes, probes=probes)
-    # The state sees no action and no time: its keys and values stand before denoising starts.
+    # The state sees no action and no time, so its row is the same at every step. It goes through the loop all the same:
+    # a row more costs nothing there, its layers alone would cost two steps.
     state = t.input("state", (1, s.state_dim), "f32")
-    x = L.affine(t, state, "model.state_proj", s.expert.width)
-    L.Stack(t, s.expert, P.EXPERT).fill(x, seq, prefix)
+    suffix = t.temp("suffix", (1 + s.horizon, s.expert.width))
+    L.affine(t, state, "model.state_proj", s.expert.width, out=suffix[:1])
     times = F.time_table(t, s.steps, s.expert.width, s.periods)
-    P.denoise(t, s, seq, F.ActionTimeMlp(t, times, s.expert.width))
+    mlp = F.ActionTimeMlp(t, times, s.expert.width)
+
+    def embed(actions: Tensor, loop: Loop) -> Tensor:
+        mlp(actions, loop, out=suffix[1:])
+        return suffix
+
+    P.denoise(t, s, seq, embed)
     return t
 
 

@@ -28,7 +28,12 @@ class Builder {
     require(euler != nullptr, "the loop does not end with a step of the actions");
     t_.phases = static_cast<int>(body_.size()), t_.steps = steps;
     t_.ctas = kCluster * s_.clusters;
-    t_.m = euler->x.rows, t_.rows = pad_to(t_.m, 8), t_.parts = 15;
+    t_.m = euler->x.rows, t_.parts = 15;
+    for (const Op& op : body_) {
+      if (const auto* qkv = std::get_if<Qkv>(&op)) t_.m = qkv->x.rows;
+    }
+    t_.rows = pad_to(t_.m, 8), t_.first = t_.m - euler->x.rows;
+    require(t_.first >= 0, "more actions than rows");
     require(t_.rows <= 8 * kCluster, "more than 64 rows");
     actions_ = euler->x;
     require(actions_.step_bytes == 0 && actions_.cols % 4 == 0 && actions_.cols <= kMaxChunks * kChunk,
@@ -53,16 +58,24 @@ class Builder {
     return reinterpret_cast<T*>(memory_.take(count * sizeof(T)));
   }
   using Key = std::pair<const std::byte*, int>;
-  static Key key(const View& v) { return {v.base, v.cols}; }
+  // The rows of the actions are the last of those of the loop: all have the name of the first row.
+  bool is_part(const View& v) const { return t_.first > 0 && v.rows == t_.m - t_.first; }
+  Key key(const View& v) const {
+    const int64_t before = is_part(v) ? t_.first * v.ld * static_cast<int64_t>(size_of(v.dtype)) : 0;
+    return {v.base - before, v.cols};
+  }
 
   Bits* writes(const View& v) {
     require(v.dtype == DType::kBF16 && v.rows == t_.m && v.step_bytes == 0, "an output of another shape");
+    return written(v);
+  }
+  Bits* written(const View& v) {
     Bits*& to = activations_[key(v)];
     if (!to) to = take<Bits>(size_t(divide_up(v.cols, kChunk)) * t_.rows * kChunk);
     return to;
   }
   const Bits* reads(const View& v) {
-    require(v.rows == t_.m && v.step_bytes == 0, "an input of another shape");
+    require((v.rows == t_.m || is_part(v)) && v.step_bytes == 0, "an input of another shape");
     if (v.base == actions_.base) {
       require(v.dtype == DType::kF32 && v.cols == actions_.cols && v.ld == actions_.ld,
               "a part of the actions");
@@ -124,7 +137,12 @@ class Builder {
   void fill(Phase& p, const Linear& op) {
     p.kind = Kind::kLinear, p.n = op.out.cols, p.act = static_cast<int>(op.act), p.scale = op.scale;
     product(p, op.x, op.norm);
-    p.out = writes(op.out);
+    if (is_part(op.out)) {
+      require(op.out.dtype == DType::kBF16 && op.out.step_bytes == 0 && !op.residual, "a part of the rows");
+      p.out = written(op.out);
+    } else {
+      p.out = writes(op.out);
+    }
     p.bias = stepped(op.bias), p.gate = stepped(op.gate);
     if (op.residual) {
       // in registers, where the linear operation before this one has left it
@@ -134,12 +152,20 @@ class Builder {
     }
     stream_ = key(op.out);
     split(p);
-    find_reader(p, op.out);
+    if (find_reader(p, op.out) && is_part(op.out)) {
+      // what is read of the rows before stands there already, and begins their hidden state
+      p.linear.fixed = reinterpret_cast<const Bits*>(key(op.out).first);
+      p.linear.ld_fixed = static_cast<int>(op.out.ld);
+      require(op.out.ld % 4 == 0 && reinterpret_cast<uintptr_t>(p.linear.fixed) % 8 == 0,
+              "rows that are not aligned");
+    }
     p.w = memory_.pack(p, op.w);
   }
-  // The norm of what reads `out` goes into what is written; its rows' sums of squares are left for it.
-  void find_reader(Phase& p, const View& out) {
+  // The norm of what reads `out` goes into what is written; its rows' sums of squares are left for it. True
+  // where all rows of the loop are read.
+  bool find_reader(Phase& p, const View& out) {
     int plain = 0;
+    bool whole = false;
     const Norm* found = nullptr;
     for (size_t i = index_ + 1; i < body_.size(); ++i) {
       bool overwritten = false;
@@ -153,6 +179,7 @@ class Builder {
             }
             if constexpr (requires { op.norm; }) {
               if (x && key(*x) == key(out)) {
+                whole |= x->rows == t_.m;
                 if (op.norm.kind == NormKind::kNone) ++plain;
                 if (op.norm.kind == NormKind::kRms) {
                   require(!found, "two norms of the same rows");
@@ -160,17 +187,18 @@ class Builder {
                 }
               }
             }
-            if constexpr (requires { op.out; }) overwritten = op.out.base == out.base;
+            if constexpr (requires { op.out; }) overwritten = key(op.out).first == key(out).first;
           },
           body_[i]);
       if (overwritten) break;
     }
     require(!(plain && found), "rows that are read with and without a norm");
-    if (!found) return;
+    if (!found) return whole;
     p.next = stepped(found->weight), p.next_plus = found->plus;
     float*& squares = squares_[key(out)];
     if (!squares) squares = take<float>(size_t(64) * kSquareParts);
     p.squares_out = squares;
+    return whole;
   }
 
   void fill(Phase& p, const GatedLinear& op) {

@@ -39,10 +39,10 @@ __device__ __forceinline__ void prepare(const Table& t) {
       *reinterpret_cast<uint4*>(a.packed_v + to) = v;
     }
   }
-  for (int j = static_cast<int>(blockIdx.x) * kConsumers + thread; j < t.m * t.action_n;
+  for (int j = static_cast<int>(blockIdx.x) * kConsumers + thread; j < (t.m - t.first) * t.action_n;
        j += t.ctas * kConsumers) {
     const int row = j / t.action_n, col = j % t.action_n;
-    reinterpret_cast<bf16*>(t.actions)[act_index(t.rows, row, col)] =
+    reinterpret_cast<bf16*>(t.actions)[act_index(t.rows, t.first + row, col)] =
         __float2bfloat16(t.sample[row * t.ld_sample + col]);
   }
 }

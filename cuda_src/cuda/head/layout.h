@@ -90,6 +90,11 @@ struct AttentionPart {
       columns;  // query heads of a key head; groups of 64 columns of the output a cluster has, 1, 2 or 4
   int kv_heads;
 };
+// Rows before Table::first: what they are where the hidden state begins, instead of sums. Null elsewhere.
+struct LinearPart {
+  const Bits* fixed;
+  int ld_fixed;
+};
 struct EulerPart {
   float* sample;
   const float *previous, *weight;
@@ -124,6 +129,7 @@ struct Phase {
   union {
     QkvPart qkv;
     AttentionPart attention;
+    LinearPart linear;
     EulerPart euler;
   };
 };
@@ -134,6 +140,7 @@ constexpr int kFailed = 32, kCounterWords = 64;  // each in a line of the cache 
 struct Table {
   int phases, steps;
   int m, rows;             // rows of x; padded to 8
+  int first;               // rows of x before those of the actions
   int ctas, slots, stage;  // slots of the weight ring, bytes of one
   int x_bytes;             // shared memory: [x | exchange | ring | the rest]
   int parts;          // what runs, 15 but for timing: 1 weights, 2 barriers, 4 copies of x, 8 sums and ends;

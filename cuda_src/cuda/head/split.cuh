@@ -106,16 +106,18 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
     const float b4[4] = {bias.x, bias.y, bias.z, bias.w}, s4[4] = {shift.x, shift.y, shift.z, shift.w};
     const float g4[4] = {gate.x, gate.y, gate.z, gate.w}, n4[4] = {next.x, next.y, next.z, next.w};
     if (p.kind == Kind::kEuler) {
-      if (valid) {
+      if (valid && row >= t.first) {
         const EulerPart& e = p.euler;
-        float* sample = e.sample + row * e.ld_sample + column;
-        const float weight = __ldg(e.weight + row * e.ld_weight) * __ldg(e.gain.at(step)),
+        const int action = row - t.first;
+        float* sample = e.sample + action * e.ld_sample + column;
+        const float weight = __ldg(e.weight + action * e.ld_weight) * __ldg(e.gain.at(step)),
                     time = __ldg(e.time.at(step));
         float x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float velocity = y[i] + s4[i] + b4[i], old = sample[i];
-          const float error = __ldg(e.previous + row * e.ld_previous + column + i) - (old - time * velocity);
+          const float error =
+              __ldg(e.previous + action * e.ld_previous + column + i) - (old - time * velocity);
           x[i] = old + e.dt * (velocity - weight * error);
           sample[i] = x[i];
         }
@@ -129,9 +131,18 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
         for (int i = 0; i < 4; ++i) {
           float z = quick_act(p.scale * (y[i] + s4[i] + b4[i]), p.act) * g4[i];
           if (p.residual) z += state.residual[i];
-          state.residual[i] = z;
-          squares += z * z;
-          y[i] = z * n4[i];
+          y[i] = z;
+        }
+        if (row < t.first && p.linear.fixed != nullptr) {
+          const uint2 v = *reinterpret_cast<const uint2*>(p.linear.fixed + row * p.linear.ld_fixed + column);
+          const float2 low = unpack2(v.x), high = unpack2(v.y);
+          y[0] = low.x, y[1] = low.y, y[2] = high.x, y[3] = high.y;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          state.residual[i] = y[i];
+          squares += y[i] * y[i];
+          y[i] *= n4[i];
         }
         Bits* to = p.out + act_index(t.rows, row, column);
         *reinterpret_cast<uint2*>(to) = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
