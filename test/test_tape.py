@@ -88,12 +88,19 @@ def test_the_last_prefix_layer_gives_keys_and_values_only() -> None:
         assert not any(layer + part in name for name in used for part in ("self_attn.q_proj", "mlp."))
 
 
-def test_pi0_state_is_computed_once() -> None:
+def test_pi0_state_goes_through_the_loop() -> None:
+    """Projected once, its row stands before the actions' in the loop, of which the Euler step takes the actions'."""
     tape = golden_model("pi0").tape(prompt=16)
+    horizon = golden_model("pi0").sizes.horizon
     state = next(op for op in tape.ops if any(w.name == "model.state_proj.weight" for w in op.weights))
     assert not state.loop
-    rows = {op.operands["q"].rows for op in tape.ops if op.kind == "attention" and op.loop}
-    assert rows == {golden_model("pi0").sizes.horizon}
+    row = next(iter(state.writes))
+    assert row.rows == 1
+    read = [op.operands["x"] for op in tape.ops if op.kind == "qkv" and op.loop]
+    assert read[0].buffer is row.buffer
+    assert {t.rows for t in read} == {1 + horizon}
+    last = next(op.operands["h"] for op in tape.ops if op.kind == "euler")
+    assert (last.row, last.rows) == (1, horizon)
 
 
 def test_params_are_shared_by_name() -> None:
