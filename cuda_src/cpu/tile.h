@@ -30,13 +30,19 @@ inline Bits broadcast32(const void* a) {
   return Bits{} + u;
 }
 
+// What a tile fetches while it multiplies: its own panel some way ahead, and from `next` on a line for each
+// step of k, what its thread will read after this panel. That comes from memory, which takes longer than the
+// tile would see ahead, and is not asked for all of it at once.
 #if defined(__AVX512F__)
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_next(const std::byte* next) { __builtin_prefetch(next, 0, 2); }
 constexpr int kAhead = 2048;  // bytes: what the third-level cache takes to answer
 #else
 inline void prefetch(const void*) {}
+inline void prefetch_next(const std::byte*) {}
 constexpr int kAhead = 0;
 #endif
+constexpr int kLine = 64;
 
 template <int M>
 void write_tile(const Vec (&acc)[M][2], float* tile, int64_t ldt) {
@@ -49,11 +55,13 @@ void write_tile(const Vec (&acc)[M][2], float* tile, int64_t ldt) {
 
 // tile (M, kPanel) = A (M, k) times a panel; rows of the tile are `ldt` apart.
 template <int M>
-void tile_rows(const float* a, int64_t lda, const float* panel, int k, float* tile, int64_t ldt) {
+void tile_rows(const float* a, int64_t lda, const float* panel, int k, float* tile, int64_t ldt,
+               const std::byte* next) {
   Vec acc[M][2];
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec{};
-  for (int p = 0; p < k; ++p, panel += kPanel) {
+  for (int p = 0; p < k; ++p, panel += kPanel, next += kLine) {
+    prefetch_next(next);
     prefetch(reinterpret_cast<const char*>(panel) + kAhead);
     prefetch(reinterpret_cast<const char*>(panel + kLanes) + kAhead);
     Vec b0 = load(panel), b1 = load(panel + kLanes);
@@ -106,12 +114,14 @@ inline void bf16_step(Vec (&acc)[M][2], const uint16_t* panel, const Pair& pair)
 }
 
 template <int M>
-void tile_rows(const uint16_t* a, int64_t lda, const uint16_t* panel, int k, float* tile, int64_t ldt) {
+void tile_rows(const uint16_t* a, int64_t lda, const uint16_t* panel, int k, float* tile, int64_t ldt,
+               const std::byte* next) {
   Vec acc[M][2];
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec{};
   const int whole = k & ~1;
-  for (int p = 0; p < whole; p += 2, panel += 2 * kPanel) {
+  for (int p = 0; p < whole; p += 2, panel += 2 * kPanel, next += kLine) {
+    prefetch_next(next);
     prefetch(reinterpret_cast<const char*>(panel) + kAhead);
     prefetch(reinterpret_cast<const char*>(panel + kPanel) + kAhead);
     bf16_step<M>(acc, panel, [&](int i) { return broadcast32(a + i * lda + p); });
@@ -159,7 +169,7 @@ inline Ints dot8(Ints acc, Bits a, Bits b) {
 // tile = (A panel + starting sums) * scale of the row * scale of the column.
 template <int M>
 void tile_rows(const uint8_t* a, int64_t lda, const float* row_scales, const uint8_t* panel, int k,
-               float* tile, int64_t ldt) {
+               float* tile, int64_t ldt, const std::byte* next) {
   const float* scales = reinterpret_cast<const float*>(panel);
   Ints start[2];
   __builtin_memcpy(start, panel + 4 * kPanel, sizeof start);
@@ -170,7 +180,8 @@ void tile_rows(const uint8_t* a, int64_t lda, const float* row_scales, const uin
     acc[i][1] = start[1];
   }
   panel += 8 * kPanel;
-  for (int p = 0; p < k; p += 4, panel += 4 * kPanel) {
+  for (int p = 0; p < k; p += 4, panel += 4 * kPanel, next += kLine) {
+    prefetch_next(next);
     prefetch(panel + kAhead);
     prefetch(panel + 2 * kPanel + kAhead);
     Bits b0, b1;
@@ -212,6 +223,15 @@ inline Scale scale_of(uint32_t top) {
 }
 inline Bits magnitude(Vec x) { return bits(x) & 0x7fffffffu; }
 inline Bits max(Bits a, Bits b) { return (Ints)a > (Ints)b ? a : b; }
+inline uint32_t highest_of(Bits v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)v);
+#else
+  uint32_t highest = v[0];
+  for (int i = 1; i < kLanes; ++i) highest = v[i] > highest ? v[i] : highest;
+  return highest;
+#endif
+}
 
 // One row of n values as bytes with an offset, padded with zeros to a whole vector; returns the scale.
 // `total`, where given, gets the sum of the integers.
@@ -219,9 +239,7 @@ template <typename T>
 inline float quantize_row(const T* x, int n, int offset, uint8_t* q, int32_t* total = nullptr) {
   Bits top{};
   for (int i = 0; i < n; i += kLanes) top = max(magnitude(load_some(x + i, n - i)), top);
-  uint32_t highest = 0;
-  for (int i = 0; i < kLanes; ++i) highest = top[i] > highest ? top[i] : highest;
-  const Scale scale = scale_of(highest);
+  const Scale scale = scale_of(highest_of(top));
   const Vec factor = splat(scale.inverse);
   Ints sums{};
   for (int i = 0; i < n; i += kLanes) {
@@ -229,10 +247,7 @@ inline float quantize_row(const T* x, int n, int offset, uint8_t* q, int32_t* to
     if (total) sums += (Ints)(v << 24) >> 24;
     store_bytes(q + i, v + static_cast<uint32_t>(offset));
   }
-  if (total) {
-    *total = 0;
-    for (int i = 0; i < kLanes; ++i) *total += sums[i];
-  }
+  if (total) *total = sum(sums);
   return scale.scale;
 }
 
@@ -247,15 +262,17 @@ inline void with_rows(int rows, const Do& run) {
   }
 }
 
+// next: see prefetch_next; nullptr where nothing is known.
 template <typename T>
 void product_tile(int rows, const Left<T>& a, int64_t row, const T* panel, int k, float* tile,
-                  int64_t ldt = kPanel) {
+                  int64_t ldt = kPanel, const std::byte* next = nullptr) {
   const T* first = a.data + row * a.ld;
+  if (!next) next = reinterpret_cast<const std::byte*>(panel);
   with_rows(rows, [&]<int M>() {
     if constexpr (sizeof(T) == 1) {
-      tile_rows<M>(first, a.ld, a.scales + row, panel, k, tile, ldt);
+      tile_rows<M>(first, a.ld, a.scales + row, panel, k, tile, ldt, next);
     } else {
-      tile_rows<M>(first, a.ld, panel, k, tile, ldt);
+      tile_rows<M>(first, a.ld, panel, k, tile, ldt, next);
     }
   });
 }

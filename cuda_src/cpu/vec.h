@@ -112,18 +112,51 @@ inline void store_some(T* p, Vec v, int n) {
 }
 
 inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0.0f;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+#endif
+}
+inline int32_t sum(Ints v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+#endif
+}
+inline float highest_of(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float highest = v[0];
+  for (int i = 1; i < kLanes; ++i) highest = v[i] > highest ? v[i] : highest;
+  return highest;
+#endif
 }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
 // 2^x for x <= 127; kExact: to about 1 ulp, else to 1e-4, which is enough where the result becomes a
-// bfloat16. Below -126 it goes to 0. NaN stays NaN. x = n + r with |r| <= 1/2: a polynomial in r (least
-// largest relative error on that interval: 7.5e-8 and 7.5e-5), n into the exponent.
+// bfloat16. Below -126 it goes to 0. NaN stays NaN. x = n + r with |r| <= 1/2, or 0 <= r < 1: a polynomial in
+// r (least largest relative error on that interval: 7.5e-8 and 7.5e-5), n into the exponent.
 template <bool kExact>
 inline Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  // With r = x - floor(x), which is one instruction, and so is what follows the polynomial.
+  if constexpr (!kExact) {
+    const Vec r = (Vec)_mm512_reduce_ps((__m512)x, 9);
+    Vec p = splat(7.802452262e-2f);
+    p = p * r + 2.260671555e-1f;
+    p = p * r + 6.958335405e-1f;
+    p = p * r + 9.999252185e-1f;
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
+#endif
 #if defined(__AVX512F__)
   const Vec bounded =
       (Vec)_mm512_max_ps((__m512)splat(-160.0f), (__m512)x);    // of a NaN and a number: the NaN
@@ -169,12 +202,14 @@ inline Vec inverse(Vec x) {
 }
 
 // gelu with tanh (Hendrycks & Gimpel 2016): 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)); silu: x / (1 +
-// exp(-x)). The exponent is bounded because 2^x is good to 127.
+// exp(-x)). The exponent is bounded where 2^x is good to 127, and not infinite beyond.
 template <bool kExact>
 inline Vec activate(Vec x, Act act) {
   if (act == Act::kNone) return x;
   constexpr float kLog2e = 1.44269504f;
-  const Vec t =
-      act == Act::kSilu ? x * -kLog2e : x * (-1.5957691216f * kLog2e - 0.071354816f * kLog2e * x * x);
+  Vec t = act == Act::kSilu ? x * -kLog2e : x * (-1.5957691216f * kLog2e - 0.071354816f * kLog2e * x * x);
+#if defined(__AVX512DQ__)
+  if constexpr (!kExact) return x * inverse<false>(1.0f + exp2<false>(t));
+#endif
   return x * inverse<kExact>(1.0f + exp2<kExact>(min(t, splat(126.0f))));
 }

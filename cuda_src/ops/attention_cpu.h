@@ -35,6 +35,14 @@ struct AttentionPlan {
   size_t bytes(int batch, int threads) const { return packed_bytes(batch) + threads * thread_bytes() + 64; }
 };
 
+// Heads lie beside each other in a row: that of the next row is far away, and is fetched some rows before its
+// turn. Beyond the last row this asks for memory that may not be there, which does no harm.
+constexpr int kRowsAhead = 8;
+template <typename T>
+inline void fetch_row(const T* row, int n) {
+  for (int i = 0; i < n; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + i, 0, 3);
+}
+
 // Keys of one head as W (n, d): a transposition, of 32-bit lanes while pairs are whole.
 template <typename T>
 void pack_keys(const T* k, int64_t ld, int n, int d, T* out) {
@@ -46,6 +54,7 @@ void pack_keys(const T* k, int64_t ld, int n, int d, T* out) {
     if (rows < kPanel) __builtin_memset(panel, 0, sizeof(T) * size);
     for (int j = 0; j < rows; ++j) {
       const T* from = k + (first + j) * ld;
+      fetch_row(from + kRowsAhead * ld, d);
       T* to = panel + j * kPair<T>;
       for (int p = 0; p < whole; ++p, to += kPanel * kPair<T>) {
         __builtin_memcpy(to, from + p * kPair<T>, 4);
@@ -64,8 +73,10 @@ void pack_values(const T* v, int64_t ld, int n, int d, T* out) {
     const int cols = d - first < kPanel ? d - first : kPanel;
     for (int j = 0; j < n; j += kPair<T>, panel += kPanel * kPair<T>) {
       const T* a = v + j * ld + first;
+      fetch_row(a + kRowsAhead * ld, kPanel);
       if constexpr (sizeof(T) == 2) {
         const T* b = a + ld;
+        fetch_row(b + kRowsAhead * ld, kPanel);
         const bool last = j + 1 >= n;
         if (cols == kPanel && !last) {
           for (int i = 0; i < kPanel; ++i) {
@@ -98,6 +109,7 @@ void pack_keys(const T* k, int64_t ld, int n, int d, uint8_t* out) {
     for (int j = 0; j < rows; ++j) {
       uint8_t row[kMaxHead + kLanes];
       int32_t sum;
+      fetch_row(k + (first + j + kRowsAhead) * ld, d);
       scales[j] = quantize_row(k + (first + j) * ld, d, 0, row, &sum);
       starts[j] = -kOffset * sum;
       uint8_t* to = panel + 8 * kPanel + j * 4;
@@ -115,7 +127,10 @@ void pack_values(const T* v, int64_t ld, int n, int d, uint8_t* out) {
       const int at = first + part * kLanes;
       const int cols = at < d ? d - at : 0;
       Bits top{};
-      for (int j = 0; j < n; ++j) top = max(magnitude(load_some(v + j * ld + at, cols)), top);
+      for (int j = 0; j < n; ++j) {
+        fetch_row(v + (j + kRowsAhead) * ld + at, kLanes);
+        top = max(magnitude(load_some(v + j * ld + at, cols)), top);
+      }
       Vec factor;
       for (int i = 0; i < kLanes; ++i) {
         const Scale scale = scale_of(top[i]);
@@ -174,28 +189,50 @@ inline Vec put_exp(uint8_t* p, Vec e) {
   return shifted - 12582912.0f;
 }
 
-// Softmax of one row of scores as unnormalised P; returns 1 / sum, or 0 where nothing is seen.
-template <typename P>
-float softmax_row(float* scores, int n, float scale, P* p) {
-  const int padded = (n + kLanes - 1) / kLanes * kLanes;
-  for (int j = n; j < padded; ++j) scores[j] = -__builtin_inff();
-  Vec top = splat(-__builtin_inff());
-  for (int j = 0; j < padded; j += kLanes) top = max(load(scores + j), top);
-  float highest = top[0];
-  for (int i = 1; i < kLanes; ++i) highest = top[i] > highest ? top[i] : highest;
-  if (highest == -__builtin_inff()) {
-    bool broken = false;
-    for (int j = 0; j < n; ++j) broken = broken || scores[j] != scores[j];
-    for (int j = 0; j < padded; ++j) put(p + j, 0.0f);
-    return broken ? __builtin_nanf("") : 0.0f;
+// Where scores lie among floats, and softmax of those of one row as unnormalised P.
+struct Scores {
+  float* first;
+  int64_t ld;
+  int n, padded;
+
+  Scores(float* to, int64_t apart, int count)
+      : first(to), ld(apart), n(count), padded((count + kLanes - 1) / kLanes * kLanes) {}
+
+  // The greatest of a row; hides what follows its n scores. Not a number counts as none.
+  float highest(int row) const {
+    float* at = first + row * ld;
+    for (int j = n; j < padded; ++j) at[j] = -__builtin_inff();
+    Vec tops[4];
+    for (Vec& top : tops) top = splat(-__builtin_inff());
+    int j = 0;
+    for (; j + 4 * kLanes <= padded; j += 4 * kLanes) {
+      for (int i = 0; i < 4; ++i) tops[i] = max(load(at + j + i * kLanes), tops[i]);
+    }
+    for (; j < padded; j += kLanes) tops[0] = max(load(at + j), tops[0]);
+    return highest_of(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
   }
-  const float factor = scale * 1.44269504f;
-  Vec total{};
-  for (int j = 0; j < padded; j += kLanes) {
-    total += put_exp(p + j, exp2<sizeof(P) == 4>((load(scores + j) - highest) * factor));
+
+  // Softmax of a row as unnormalised P; returns 1 / sum, or 0 where nothing is seen. factor: of a score in
+  // the exponent of 2.
+  template <typename P>
+  float softmax(int row, float highest, float factor, P* p) const {
+    const float* at = first + row * ld;
+    if (highest == -__builtin_inff()) {
+      bool broken = false;
+      for (int j = 0; j < n; ++j) broken = broken || at[j] != at[j];
+      for (int j = 0; j < padded; ++j) put(p + j, 0.0f);
+      return broken ? __builtin_nanf("") : 0.0f;
+    }
+    constexpr bool kExact = sizeof(P) == 4;
+    const float most = kExact ? highest : highest * factor;
+    Vec total{};
+    for (int j = 0; j < padded; j += kLanes) {
+      const Vec x = load(at + j);
+      total += put_exp(p + j, exp2<kExact>(kExact ? (x - most) * factor : x * factor - most));
+    }
+    return 1.0f / sum(total);
   }
-  return 1.0f / sum(total);
-}
+};
 
 // P: what the products read, T: what q, k and v are.
 template <typename P, typename T>
@@ -215,7 +252,7 @@ void run_attention(const Attention& op, const Context& c, int step) {
       pack_keys(rows, from.ld, n, d, keys + pack * plan.k_size);
     }
   });
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
+  const float factor = 1.44269504f / __builtin_sqrtf(static_cast<float>(d));
   const int tiles = (plan.m + kRows - 1) / kRows, height = (plan.m + tiles - 1) / tiles;
   c.run(op.batch * plan.heads * tiles, [&](int item, int thread) {
     const int first = item % tiles * height, head = item / tiles % plan.heads;
@@ -223,10 +260,14 @@ void run_attention(const Attention& op, const Context& c, int step) {
     const int rows = plan.m - first < height ? plan.m - first : height;
     if (rows <= 0) return;
     const int64_t row = int64_t{batch} * plan.m + first;
+    for (int col = head * d; col < (head + 1) * d; col += kPanel) {
+      fetch_tile(op.q, step, row, rows, col);
+      fetch_tile(op.out, step, row, rows, col);
+    }
     float* s = reinterpret_cast<float*>(own + thread * plan.thread_bytes());
     P* p = reinterpret_cast<P*>(s + kRows * plan.score_ld);
     const T* queries = op.q.at<const T>(step) + row * op.q.ld + head * d;
-    float scales[kRows], factor[kRows];
+    float scales[kRows];
     Left<P> q{};
     if constexpr (sizeof(P) == 1) {
       P* bytes = p + kRows * plan.score_ld;
@@ -241,27 +282,26 @@ void run_attention(const Attention& op, const Context& c, int step) {
       product_tile(rows, q, 0, keys + kv * plan.k_size + panel * panel_size<P>(d), d, s + panel * kPanel,
                    plan.score_ld);
     }
-    for (int i = 0; i < rows; ++i) {
-      float* at = s + i * plan.score_ld;
-      if (op.q_block) {
-        const int seen = op.q_block.at<const int32_t>(step)[(first + i) * op.q_block.ld];
-        mask_row(at, n, op.k_block.at<const int32_t>(step), op.k_block.ld, seen);
-      }
-      factor[i] = softmax_row(at, n, scale, p + i * plan.score_ld);
+    for (int i = 0; i < rows && op.q_block; ++i) {
+      const int seen = op.q_block.at<const int32_t>(step)[(first + i) * op.q_block.ld];
+      mask_row(s + i * plan.score_ld, n, op.k_block.at<const int32_t>(step), op.k_block.ld, seen);
     }
-    const Left<P> weights{p, plan.score_ld, factor};
+    // All maxima first: each waits for its last steps, not for those of the others.
+    const Scores scores(s, plan.score_ld, n);
+    float highest[kRows], inverse[kRows];
+    for (int i = 0; i < rows; ++i) highest[i] = scores.highest(i);
+    for (int i = 0; i < rows; ++i) inverse[i] = scores.softmax(i, highest[i], factor, p + i * plan.score_ld);
+    const Left<P> weights{p, plan.score_ld, inverse};
     View out = op.out;
     out.cols = (head + 1) * d;  // a panel past the head's last column must not write into the next head
     for (int panel = 0; panel < panels(d); ++panel) {
       float tile[kRows * kPanel];
       product_tile(rows, weights, 0, values + kv * plan.v_size + panel * panel_size<P>(n), n, tile);
-      for (int i = 0; i < rows; ++i) {
-        for (int part = 0; part < 2; ++part) {
-          Vec v = load(tile + i * kPanel + part * kLanes);
-          if (sizeof(P) != 1) v *= factor[i];  // int8: the scale of the row
-          store_part(out, step, row + i, head * d + panel * kPanel, part, v);
-        }
-      }
+      put_tile(out, step, row, rows, head * d + panel * kPanel,
+               [sums = &tile[0], by = &inverse[0]](int i, int part) {
+                 const Vec v = load(sums + i * kPanel + part * kLanes);
+                 return sizeof(P) == 1 ? v : v * by[i];  // int8: the scale of the row
+               });
     }
   });
 }

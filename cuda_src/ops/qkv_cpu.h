@@ -39,20 +39,20 @@ void run_qkv(const Qkv& op, const Context& c, int step) {
     first[part] = total;
     total += *outs[part] ? panels(outs[part]->cols) : 0;
   }
-  for_tiles(m, a, total, c, [&](int row, int rows, int panel) {
+  for_tiles(m, k, a, w, total, c, [&](const Tile<Q>& t) {
+    const int row = t.row, rows = t.rows, panel = t.panel;
     int part = 2;
     while (!*outs[part] || panel < first[part]) --part;
     const View &out = *outs[part], &given = *biases[part];
     const int col = (panel - first[part]) * kPanel;
     float tile[kRows * kPanel];
-    product_tile(rows, a, row, w + panel * panel_size<Q>(k), k, tile);
+    fetch_tile(out, step, row, rows, col);
+    product_tile(rows, a, row, t.w, k, tile, kPanel, t.next);
     Columns bias{};
     if (given) bias = columns(given, step, col, out.cols);
-    for (int i = 0; i < rows; ++i) {
-      for (int h = 0; h < 2; ++h) {
-        store_part(out, step, row + i, col, h, load(tile + i * kPanel + h * kLanes) + bias.v[h]);
-      }
-    }
+    put_tile(out, step, row, rows, col, [sums = &tile[0], bias](int i, int h) {
+      return load(sums + i * kPanel + h * kLanes) + bias.v[h];
+    });
   });
   if (!op.rope) return;
   constexpr int kRowsAtOnce = 8;
