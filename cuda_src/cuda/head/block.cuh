@@ -329,10 +329,24 @@ __device__ __forceinline__ float quick_act(float x, int act) {
   const float u = act == static_cast<int>(Act::kSilu) ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
   return __fdividef(x, 1.0f + __expf(-u));
 }
+// The same without a branch: x / (1 + 2^(x (linear + cubic x^2))).
+struct Activation {
+  float linear, cubic;
+  bool none;
+  __device__ __forceinline__ explicit Activation(int act)
+      : linear(act == static_cast<int>(Act::kSilu) ? -1.4426950408889634f : -2.302208198140622f),
+        cubic(act == static_cast<int>(Act::kSilu) ? 0.0f : -0.10294324f),
+        none(act == static_cast<int>(Act::kNone)) {}
+  __device__ __forceinline__ float operator()(float x) const;
+};
 __device__ __forceinline__ float quick_exp2(float x) {
   float y;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+__device__ __forceinline__ float Activation::operator()(float x) const {
+  const float y = __fdividef(x, 1.0f + quick_exp2(x * (linear + cubic * x * x)));
+  return none ? x : y;
 }
 
 }  // namespace vla::cuda::head

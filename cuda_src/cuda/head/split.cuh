@@ -16,32 +16,49 @@ namespace vla::cuda::head {
 template <int N>
 __device__ __forceinline__ void send_sums(const float (&acc)[N / 2], const Table& t, const Block& b) {
   const unsigned lane = threadIdx.x % 32, odd = lane & 1, owner = threadIdx.x / 32 * 2 + odd;
-  const uint32_t at = cluster_address(b.base + receive_at(t), owner);
+  // lanes in pairs: the even one gets 4 columns of row r, the odd one of row r + 8
+  float x[N / 8], y[N / 8];
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    x[j] = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j] : acc[4 * j + 2], 1);
+    y[j] = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j + 1] : acc[4 * j + 3], 1);
+  }
+  if (owner * 8 >= static_cast<unsigned>(t.rows)) return;
+  // receive_unit() of octet j: what is before it is a multiple of 16 units
+  const uint32_t at = cluster_address(
+      b.base + receive_at(t) + receive_unit(b.rank, lane / 4, 0, lane % 4 / 2, N / 8) * 16, owner);
   const uint32_t barrier = cluster_address(b.sums(2), owner);
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
-    // lanes in pairs: the even one gets 4 columns of row r, the odd one of row r + 8
-    const float x = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j] : acc[4 * j + 2], 1);
-    const float y = __shfl_xor_sync(0xffffffffu, odd ? acc[4 * j + 1] : acc[4 * j + 3], 1);
-    if (owner * 8 >= static_cast<unsigned>(t.rows)) continue;
-    send4(at + receive_unit(b.rank, lane / 4, j, lane % 4 / 2, N / 8) * 16, barrier,
-          odd ? make_float4(x, y, acc[4 * j + 2], acc[4 * j + 3])
-              : make_float4(acc[4 * j], acc[4 * j + 1], x, y));
+    send4((at ^ (j & 7) * 32) + j * 256, barrier,
+          odd ? make_float4(x[j], y[j], acc[4 * j + 2], acc[4 * j + 3])
+              : make_float4(acc[4 * j], acc[4 * j + 1], x[j], y[j]));
   }
 }
-// The sum, by rank, of what `sources` blocks sent for a piece.
+// The sum, by rank, of what `sources` blocks sent for a piece: all readings at once where all have sent.
 template <int N>
 __device__ __forceinline__ float4 received_sum(uint32_t from, const Piece& piece, int sources) {
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-  for (int r = 0; r < kCluster; ++r) {
-    if (r >= sources) break;
+  from += receive_unit(0, piece.row, piece.octet, piece.half, N / 8) * 16;
+  const auto read = [from](int r) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(from + receive_unit(r, piece.row, piece.octet, piece.half, N / 8) * 16)
+                 : "r"(from + r * receive_unit(1, 0, 0, 0, N / 8) * 16)
                  : "memory");
-    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    return v;
+  };
+  float4 v[kCluster], sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (sources == kCluster) {
+#pragma unroll
+    for (int r = 0; r < kCluster; ++r) v[r] = read(r);
+#pragma unroll
+    for (int r = 0; r < kCluster; ++r) sum.x += v[r].x, sum.y += v[r].y, sum.z += v[r].z, sum.w += v[r].w;
+    return sum;
+  }
+#pragma unroll 1
+  for (int r = 0; r < sources; ++r) {
+    v[0] = read(r);
+    sum.x += v[0].x, sum.y += v[0].y, sum.z += v[0].z, sum.w += v[0].w;
   }
   return sum;
 }
@@ -51,6 +68,26 @@ __device__ __forceinline__ float4 read4(const float* p, int i, bool there, float
   return __ldg(reinterpret_cast<const float4*>(p + i));
 }
 
+// A step of the sample by its velocity, with the correction toward `previous` (ops.h, Euler).
+__device__ __forceinline__ void euler_step(const Table& t, const Phase& p, int step, int row, int column,
+                                           const float (&velocity)[4], Bits* to) {
+  const EulerPart& e = p.euler;
+  const int action = row - t.first;
+  float* sample = e.sample + action * e.ld_sample + column;
+  const float weight = __ldg(e.weight + action * e.ld_weight) * __ldg(e.gain.at(step)),
+              time = __ldg(e.time.at(step));
+  float x[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float old = sample[i];
+    const float error = __ldg(e.previous + action * e.ld_previous + column + i) - (old - time * velocity[i]);
+    x[i] = old + e.dt * (velocity[i] - weight * error);
+    sample[i] = x[i];
+  }
+  *reinterpret_cast<uint2*>(to) = make_uint2(pack2(x[0], x[1]), pack2(x[2], x[3]));
+}
+
+// As in spread.cuh: what the end needs is asked of the table before x is there, and the end has few branches.
 template <int N>
 __device__ __forceinline__ void split_phase(const Table& t, const Block& b, const Phase& p, int step,
                                             unsigned g, Carried& state, Watch& w) {
@@ -59,17 +96,29 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
   const Share s = share_of(p, b.cta);
   const Shape shape = shape_of(t, p, b, s, 0, state);
   const Piece piece = piece_of(thread);
-  const bool owner = owns(t.rows, b.rank) && (t.parts & 8), mine = owner && thread < pieces(N);
+  const bool owner = owns(t.rows, b.rank) && (t.parts & 8), mine = owner && warp_index() < pieces(N) / 32;
   const int row = b.rank * 8 + piece.row, column = s.tile * N + piece.octet * 8 + piece.half * 4;
   const bool valid = mine && column < p.n && row < t.m;
-  const float4 bias = read4(p.bias.at(step), column, valid, 0.0f),
-               shift = read4(p.shift.at(step), column, valid, 0.0f);
+  float4 add = read4(p.bias.at(step), column, valid, 0.0f);
+  const float4 shift = read4(p.shift.at(step), column, valid, 0.0f);
   const float4 gate = read4(p.gate.at(step), column, valid, 1.0f);
   float4 next = read4(p.next.at(step), column, valid, 1.0f);
   if (p.next.p != nullptr)
     next.x += p.next_plus, next.y += p.next_plus, next.z += p.next_plus, next.w += p.next_plus;
-  const int sources = senders(p);
+  const int sources = kept(senders(p)), act = kept(p.act);
+  const bool normed = kept(p.normed) != 0, euler = kept(p.kind == Kind::kEuler) != 0;
+  const float scale = __int_as_float(kept(__float_as_int(p.scale)));
+  const bool residual = kept(p.residual) != 0;
+  Bits* const to = p.out + act_index(t.rows, row, column);
+  const uint2* fixed = nullptr;  // of a row that the loop does not change
+  if (!euler && valid && row < t.first && p.linear.fixed != nullptr)
+    fixed = reinterpret_cast<const uint2*>(p.linear.fixed + row * p.linear.ld_fixed + column);
+  // 16 lanes have a row of the first 64 columns, 4 a row of the others; a whole warp is of one kind
+  float* squares_to = nullptr;
+  if (p.squares_out != nullptr && mine && row < t.m && (thread & (group == 0 ? 15 : 3)) == 0)
+    squares_to = p.squares_out + row * kSquareParts + square_part(thread, s.tile);
   if (owner && thread == 0) barrier_expect(b.sums(2), sources * 8 * N * 4);
+  add.x += shift.x, add.y += shift.y, add.z += shift.z, add.w += shift.w;
   if (s.count() > 0) {
     if (copies) wait_on(b.x_full(), state.x_parity, w, kForX, 0);
     state.x_parity ^= 1;
@@ -89,9 +138,9 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
   }
   if (mine) {
     // (columns past the end hold what the ring happened to; they are dropped here)
-    float4 v = received_sum<N>(b.base + receive_at(t), piece, sources);
+    const float4 v = received_sum<N>(b.base + receive_at(t), piece, sources);
     float y[4] = {v.x, v.y, v.z, v.w};
-    if (p.normed && valid) {
+    if (normed && valid) {
       const float4* parts = reinterpret_cast<const float4*>(p.squares_in + row * kSquareParts);
       float sum = 0.0f;
 #pragma unroll
@@ -103,57 +152,39 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] *= rms;
     }
-    const float b4[4] = {bias.x, bias.y, bias.z, bias.w}, s4[4] = {shift.x, shift.y, shift.z, shift.w};
-    const float g4[4] = {gate.x, gate.y, gate.z, gate.w}, n4[4] = {next.x, next.y, next.z, next.w};
-    if (p.kind == Kind::kEuler) {
-      if (valid && row >= t.first) {
-        const EulerPart& e = p.euler;
-        const int action = row - t.first;
-        float* sample = e.sample + action * e.ld_sample + column;
-        const float weight = __ldg(e.weight + action * e.ld_weight) * __ldg(e.gain.at(step)),
-                    time = __ldg(e.time.at(step));
-        float x[4];
+    const float a4[4] = {add.x, add.y, add.z, add.w}, g4[4] = {gate.x, gate.y, gate.z, gate.w};
+    const float n4[4] = {next.x, next.y, next.z, next.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float velocity = y[i] + s4[i] + b4[i], old = sample[i];
-          const float error =
-              __ldg(e.previous + action * e.ld_previous + column + i) - (old - time * velocity);
-          x[i] = old + e.dt * (velocity - weight * error);
-          sample[i] = x[i];
-        }
-        Bits* to = p.out + act_index(t.rows, row, column);
-        *reinterpret_cast<uint2*>(to) = make_uint2(pack2(x[0], x[1]), pack2(x[2], x[3]));
-      }
+    for (int i = 0; i < 4; ++i) y[i] += a4[i];
+    if (euler) {
+      if (valid && row >= t.first) euler_step(t, p, step, row, column, y, to);
     } else {
       float squares = 0.0f;
-      if (valid) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float z = quick_act(p.scale * (y[i] + s4[i] + b4[i]), p.act) * g4[i];
-          if (p.residual) z += state.residual[i];
-          y[i] = z;
-        }
-        if (row < t.first && p.linear.fixed != nullptr) {
-          const uint2 v = *reinterpret_cast<const uint2*>(p.linear.fixed + row * p.linear.ld_fixed + column);
-          const float2 low = unpack2(v.x), high = unpack2(v.y);
-          y[0] = low.x, y[1] = low.y, y[2] = high.x, y[3] = high.y;
-        }
+      for (int i = 0; i < 4; ++i) {
+        y[i] *= scale;
+        if (act != static_cast<int>(Act::kNone)) y[i] = quick_act(y[i], act);
+        y[i] = y[i] * g4[i] + (residual ? state.residual[i] : 0.0f);
+      }
+      if (fixed != nullptr) {
+        const float2 low = unpack2(fixed->x), high = unpack2(fixed->y);
+        y[0] = low.x, y[1] = low.y, y[2] = high.x, y[3] = high.y;
+      }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          state.residual[i] = y[i];
-          squares += y[i] * y[i];
-          y[i] *= n4[i];
-        }
-        Bits* to = p.out + act_index(t.rows, row, column);
-        *reinterpret_cast<uint2*>(to) = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
+      for (int i = 0; i < 4; ++i) {
+        if (valid) state.residual[i] = y[i];
+        squares += y[i] * y[i];
+        y[i] *= n4[i];
       }
-      if (p.squares_out != nullptr) {
-        // 16 lanes have a row of the first 64 columns, 4 a row of the others; a whole warp is of one kind
-        const int lanes = thread < kGroup ? 16 : 4;
-        for (int o = lanes / 2; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
-        if (thread % lanes == 0 && row < t.m)
-          p.squares_out[row * kSquareParts + square_part(thread, s.tile)] = squares;
+      if (valid) *reinterpret_cast<uint2*>(to) = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
+      if (!valid) squares = 0.0f;
+      squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+      squares += __shfl_xor_sync(0xffffffffu, squares, 2);
+      if (group == 0) {
+        squares += __shfl_xor_sync(0xffffffffu, squares, 4);
+        squares += __shfl_xor_sync(0xffffffffu, squares, 8);
       }
+      if (squares_to != nullptr) *squares_to = squares;
     }
   }
   finish(t, g, kConsumers);

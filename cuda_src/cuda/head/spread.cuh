@@ -80,7 +80,7 @@ __device__ __forceinline__ void spread_phase(const Table& t, const Block& b, con
   const int per_tile = p.tile_rows / 16, unit0 = s.tile * per_tile, units = min(p.units, unit0 + per_tile);
   UnitConstants<U> k;
   read_constants<kKind>(k, t, p, unit0, units, step, row);
-  const int act = kept(p.act);
+  const Activation act(kept(p.act));
   const bool copies = t.parts & 4, normed = kept(p.normed);
   const float eps = p.eps, mean = p.mean;
   const float* squares_in = p.squares_in;
@@ -99,23 +99,26 @@ __device__ __forceinline__ void spread_phase(const Table& t, const Block& b, con
     const float rms = normed ? inverse_rms(squares, mean, eps) : 1.0f;
     float mine[N / 4];
     swap_rows<N>(mine, acc, b, group);
+    // all units at once: where one has its branch, the next waits for it
+    uint32_t low[U], high[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const float2 shift0 = k.shift[u][0], shift1 = k.shift[u][1];
+      const float2 first = make_float2(mine[4 * u] * rms + shift0.x, mine[4 * u + 1] * rms + shift0.y),
+                   second = make_float2(mine[4 * u + 2] * rms + shift1.x, mine[4 * u + 3] * rms + shift1.y);
+      if (kKind == Kind::kGated) {
+        low[u] = pack2(act(first.x) * second.x, act(first.y) * second.y);
+      } else {  // (values pass: cosine 1, sine 0)
+        const float2 cosine = k.cosine[u], sine = k.sine[u];
+        low[u] = pack2(first.x * cosine.x - second.x * sine.x, first.y * cosine.y - second.y * sine.y);
+        high[u] = pack2(second.x * cosine.x + first.x * sine.x, second.y * cosine.y + first.y * sine.y);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (k.to[u] == nullptr) continue;
-      float2 first = make_float2(mine[4 * u], mine[4 * u + 1]),
-             second = make_float2(mine[4 * u + 2], mine[4 * u + 3]);
-      first.x = first.x * rms + k.shift[u][0].x, first.y = first.y * rms + k.shift[u][0].y;
-      second.x = second.x * rms + k.shift[u][1].x, second.y = second.y * rms + k.shift[u][1].y;
-      if (kKind == Kind::kGated) {
-        *reinterpret_cast<uint32_t*>(k.to[u]) =
-            pack2(quick_act(first.x, act) * second.x, quick_act(first.y, act) * second.y);
-      } else {  // (values pass: cosine 1, sine 0)
-        const float2 cosine = k.cosine[u], sine = k.sine[u];
-        *reinterpret_cast<uint32_t*>(k.to[u]) =
-            pack2(first.x * cosine.x - second.x * sine.x, first.y * cosine.y - second.y * sine.y);
-        *reinterpret_cast<uint32_t*>(k.to_high[u]) =
-            pack2(second.x * cosine.x + first.x * sine.x, second.y * cosine.y + first.y * sine.y);
-      }
+      *reinterpret_cast<uint32_t*>(k.to[u]) = low[u];
+      if (kKind == Kind::kQkv) *reinterpret_cast<uint32_t*>(k.to_high[u]) = high[u];
     }
   }
   finish(t, g, kConsumers);
