@@ -161,11 +161,13 @@ __device__ __forceinline__ void split_phase(const Table& t, const Block& b, cons
     } else {
       float squares = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        y[i] *= scale;
-        if (act != static_cast<int>(Act::kNone)) y[i] = quick_act(y[i], act);
-        y[i] = y[i] * g4[i] + (residual ? state.residual[i] : 0.0f);
+      for (int i = 0; i < 4; ++i) y[i] *= scale;
+      if (act != static_cast<int>(Act::kNone)) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y[i] = quick_act(y[i], act);
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[i] = y[i] * g4[i] + (residual ? state.residual[i] : 0.0f);
       if (fixed != nullptr) {
         const float2 low = unpack2(fixed->x), high = unpack2(fixed->y);
         y[0] = low.x, y[1] = low.y, y[2] = high.x, y[3] = high.y;
