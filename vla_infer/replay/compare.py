@@ -68,11 +68,10 @@ class Comparison:
     @property
     def doubtful(self) -> bool:
         """Whether the verdict hangs on a finding that further runs may change."""
-        return any(
-            (f.verdict == "worse" and not f.clear and f.kind != "error")
-            or (f.verdict == "unsure" and f.name in DECISIVE)
-            for f in self.findings
-        )
+        measured = [f for f in self.findings if f.kind != "error"]
+        if any(f.verdict == "worse" and f.clear for f in measured):
+            return False
+        return any(f.verdict == "worse" or (f.verdict == "unsure" and f.name in DECISIVE) for f in measured)
 
     @property
     def summary(self) -> str:
