@@ -1,4 +1,5 @@
 // The CPU as a device: memory, packing, and the plan that runs operation after operation on the pool.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -41,20 +42,48 @@ struct Free {
 };
 using Memory = std::unique_ptr<std::byte, Free>;
 
-Memory aligned(size_t bytes) {
-  const size_t size = (bytes + kAlign - 1) / kAlign * kAlign + kAlign;  // vectors may read past a row's end
-  auto* p = static_cast<std::byte*>(std::aligned_alloc(kAlign, size));
+// Memory for `bytes` that begins on a large page where it fills one. Large pages where the system has them: a
+// panel is read once through, and a miss of the translation stops what is fetched ahead. Best effort.
+Memory reserved(size_t bytes) {
+  constexpr size_t kPage = size_t{2} << 20;
+  const size_t align = bytes < kPage ? kAlign : kPage;
+  const size_t size = (bytes + align - 1) / align * align;
+  auto* p = static_cast<std::byte*>(std::aligned_alloc(align, size));
   if (!p) throw std::runtime_error("engine: out of memory: " + std::to_string(size) + " bytes");
 #ifdef __linux__
-  // Large pages where the system has them: a panel is read once through, and a miss of the translation stops
-  // what is fetched ahead. Best effort.
-  const auto start = (reinterpret_cast<uintptr_t>(p) + 4095) / 4096 * 4096;
-  const auto end = (reinterpret_cast<uintptr_t>(p) + size) / 4096 * 4096;
-  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+  if (align == kPage) madvise(p, size, MADV_HUGEPAGE);
 #endif
-  std::memset(p, 0, size);
   return Memory(p);
 }
+
+// Zeroed memory of a device, which goes with it, cut from large pieces: matrices of a megabyte or two, each
+// by itself, would lie on large pages only in part. What is not asked for is not touched.
+class Pool {
+ public:
+  std::byte* allocate(size_t bytes) {
+    const size_t size = (bytes + kAlign - 1) / kAlign * kAlign + kAlign;  // vectors may read past a row's end
+    if (size > left_) {
+      left_ = std::max(size, kPiece);
+      pieces_.push_back(reserved(left_));
+      next_ = pieces_.back().get();
+    }
+    std::byte* p = next_;
+    next_ += size;
+    left_ -= size;
+    std::memset(p, 0, size);
+    return p;
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__) || defined(VLA_LIBFUZZER)
+  static constexpr size_t kPiece = 0;  // each by itself, so that what runs over one is seen
+#else
+  static constexpr size_t kPiece = size_t{32} << 20;
+#endif
+  std::vector<Memory> pieces_;
+  std::byte* next_ = nullptr;
+  size_t left_ = 0;
+};
 
 // An operation of fewer sums than this is done by the calling thread: below some ten microseconds, waking the
 // others costs more than they bring, and on a busy machine they may come late.
@@ -128,10 +157,7 @@ class CpuDevice final : public Device {
   }
   DType act() const override { return act_; }
 
-  std::byte* allocate(size_t bytes) override {
-    memory_.push_back(aligned(bytes));
-    return memory_.back().get();
-  }
+  std::byte* allocate(size_t bytes) override { return pool_.allocate(bytes); }
   void write(std::byte* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void read(void* to, const std::byte* from, size_t bytes) override { std::memcpy(to, from, bytes); }
 
@@ -248,7 +274,8 @@ class CpuDevice final : public Device {
     size_t need = 0;
     for (const Op& op : ops) need = std::max(need, kernels_.scratch_bytes(op, threads_.count(), act_));
     if (need > scratch_size_ || !scratch_) {
-      scratch_ = aligned(need);
+      scratch_ = reserved(need + kAlign);
+      std::memset(scratch_.get(), 0, need + kAlign);
       scratch_size_ = need;
     }
   }
@@ -256,7 +283,7 @@ class CpuDevice final : public Device {
   DType act_;
   mutable Threads threads_;
   const Kernels& kernels_;
-  std::vector<Memory> memory_;
+  Pool pool_;
   Memory scratch_;
   size_t weight_bytes_ = 0, scratch_size_ = 0;
 };
