@@ -148,16 +148,32 @@ def test_actions_of_the_golden_policies(family: str) -> None:
 
 
 def test_what_stays_in_bfloat16() -> None:
-    """The ends of the action expert and masked attention; all large products are int8."""
+    """The ends of the action expert, what is made of the prefix but for gate and up, and masked attention; all large
+    products of the vision encoder and of the loop are int8."""
     m = golden_model("smolvla")
-    kept, quick = set(), set()
+    kept: dict[str, set[str]] = {"vision": set(), "prefix": set(), "head": set()}
+    quick: dict[str, set[str]] = {"vision": set(), "prefix": set(), "head": set()}
     for op in m.tape(prompt=16).ops:
         for w in op.weights:
-            (quick if in_int8(op) else kept).add(w.name)
-    assert {name.split(".")[1] for name in kept} == {
-        "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out", "state_proj",
-    }  # fmt: skip
-    assert len(quick) > 20
+            (quick if in_int8(op) else kept)[op.stage].add(w.name.removesuffix(".weight").split(".")[-1])
+    ends = {"action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out"}
+    assert kept == {
+        "vision": {"state_proj"},
+        "prefix": {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"},
+        "head": {"k_proj", "v_proj"} | ends,  # the keys and values of the prefix, once a call
+    }
+    assert quick["vision"] == {
+        "patch_embedding",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+        "fc1",
+        "fc2",
+        "proj",
+    }
+    assert quick["prefix"] == {"gate_proj", "up_proj"}
+    assert quick["head"] == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     attention = [op for op in m.tape(prompt=16).ops if op.kind == "attention"]
     assert {op.stage for op in attention if in_int8(op)} == {"vision"}
 

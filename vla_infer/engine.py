@@ -35,11 +35,15 @@ def in_int8(op: Op) -> bool:
 
     Products whose left operand is an activation, and attention that masks nothing (the vision encoder's). Not: what
     is computed once at load (tables), products with raw state or actions (float32 operands), the Euler step,
-    and weights that the model keeps (`Weight.keep`).
+    weights that the model keeps (`Weight.keep`), and of what is made of the prefix all but gate and up, where a few
+    large values in a row leave the others hardly any steps.
     """
     if op.kind == "attention":
         return "q_block" not in op.operands
     if op.at_load or op.kind not in ("linear", "gated_linear", "qkv"):
+        return False
+    of_prefix = op.stage in ("prefix", "head") and not op.loop
+    if of_prefix and op.kind != "gated_linear":
         return False
     return op.operands["x"].dtype == "act" and not any(w.keep for w in op.weights)
 

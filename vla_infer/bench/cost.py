@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_infer.bench.ceilings import Ceilings
 from vla_infer.bench.setups import Program
-from vla_infer.engine import PRECISIONS
+from vla_infer.engine import PRECISIONS, in_int8
 from vla_infer.fp8 import Scales, in_fp8
 from vla_infer.tape import Op, Tape
 
@@ -47,7 +47,7 @@ def tape_cost(tape: Tape, precision: str, scales: Scales | None = None) -> dict[
 
 def _weight_bytes(op: Op, precision: str, scales: Scales | None) -> int:
     """Of one number of an operation's weights."""
-    if precision == "int8" or (scales is not None and in_fp8(op, scales.bf16)):
+    if (precision == "int8" and in_int8(op)) or (scales is not None and in_fp8(op, scales.bf16)):
         return 1
     return PRECISIONS.get(precision, 2)
 
