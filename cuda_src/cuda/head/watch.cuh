@@ -110,22 +110,27 @@ __device__ __forceinline__ void proxy_fence() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void report_done(const Table& t) {
-  if (t.parts & 2) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(t.counter) : "memory");
+__device__ __forceinline__ void add_done(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-// By a whole warp: all blocks are done with the first g phases.
-__device__ __forceinline__ void wait_for_blocks(const Table& t, unsigned g, Watch& w) {
-  if (!(t.parts & 2) || g == 0) return;
+// By a whole warp: until the counter has come to `want`.
+__device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned want, Watch& w) {
   unsigned tries = 0;
   int64_t since = 0;
-  const unsigned want = g * static_cast<unsigned>(t.ctas);
   for (;;) {
     unsigned have;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(t.counter) : "memory");
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(counter) : "memory");
     if (static_cast<int>(have - want) >= 0 || w.over) break;
     if (enough(w, tries, since, kForBlocks, want, have)) break;
   }
   proxy_fence();
+}
+__device__ __forceinline__ void report_done(const Table& t) {
+  if (t.parts & 2) add_done(t.counter);
+}
+// By a whole warp: all blocks are done with the first g phases.
+__device__ __forceinline__ void wait_for_blocks(const Table& t, unsigned g, Watch& w) {
+  if ((t.parts & 2) && g != 0) wait_for_count(t.counter, g * static_cast<unsigned>(t.ctas), w);
 }
 
 // ---- copies
