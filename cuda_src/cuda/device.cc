@@ -37,6 +37,7 @@ class CudaDevice final : public Device {
     VLA_CHECK(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "making a stream");
     context_.layouts = &layouts_;
     context_.head_weights = &head_weights_;
+    context_.prefix_weights = &prefix_weights_;
     context_.squares = reinterpret_cast<float*>(allocate(sizeof(float) * kSmallRows * kSquareParts));
   }
   ~CudaDevice() override {
@@ -220,6 +221,7 @@ class CudaDevice final : public Device {
   Pool pool_;
   std::map<const void*, Layout> layouts_;
   HeadWeights head_weights_;
+  PrefixWeights prefix_weights_;
   std::array<Staging, 2> staging_;
   int turn_ = 0;
   std::byte* raw_ = nullptr;

@@ -60,6 +60,25 @@ std::vector<View> writes_of(const Op& op) {
                     op);
 }
 
+std::vector<View> reads_of(const Op& op) {
+  std::vector<View> all = std::visit(
+      Overloaded{[](const ImagePatches& o) { return std::vector<View>{o.frames, o.geometry}; },
+                 [](const Linear& o) { return std::vector<View>{o.x, o.bias, o.gate, o.residual}; },
+                 [](const GatedLinear& o) { return std::vector<View>{o.x}; },
+                 [](const Qkv& o) {
+                   return std::vector<View>{o.x, o.q_bias, o.k_bias, o.v_bias, o.rope, o.positions};
+                 },
+                 [](const Attention& o) { return std::vector<View>{o.q, o.k, o.v, o.q_block, o.k_block}; },
+                 [](const SpaceToDepth& o) { return std::vector<View>{o.x}; },
+                 [](const Embed& o) { return std::vector<View>{o.tokens, o.table}; },
+                 [](const Euler& o) {
+                   return std::vector<View>{o.h, o.bias, o.x, o.previous, o.weight, o.gain, o.time};
+                 }},
+      op);
+  if (const Norm* norm = norm_of(op)) all.insert(all.end(), {norm->weight, norm->bias});
+  return all;
+}
+
 int stable_keys(const Attention& op, const std::vector<Op>& ops, int steps) {
   const auto end = [](const View& v, int rows) {
     return v.base + ((rows - 1) * v.ld + v.cols) * static_cast<int64_t>(size_of(v.dtype));

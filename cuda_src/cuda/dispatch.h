@@ -20,8 +20,9 @@ void check_supported(const Op& op, Layout layout);
 
 cudaError_t launch_op(const Op& op, Layout layout, const Launch& at);
 
-// What the operation writes.
+// What the operation writes, and what it reads beside weights.
 std::vector<View> writes_of(const Op& op);
+std::vector<View> reads_of(const Op& op);
 
 // Rows of k and v, from the first, that none of `ops` writes in any of `steps` iterations; 0 where one writes
 // blocks.

@@ -55,8 +55,13 @@ struct Port {
 
 class CudaPlan final : public Plan {
  public:
-  CudaPlan(Script plan, const Context& context, std::vector<Known> what, std::unique_ptr<PersistentLoop> loop)
-      : context_(context), script_(std::move(plan)), known_(std::move(what)), loop_(std::move(loop)) {
+  CudaPlan(Script plan, const Context& context, std::vector<Known> what, std::unique_ptr<PersistentLoop> loop,
+           std::unique_ptr<PersistentPrefix> prefix)
+      : context_(context),
+        script_(std::move(plan)),
+        known_(std::move(what)),
+        loop_(std::move(loop)),
+        prefix_(std::move(prefix)) {
     const Script& script = script_;
     const std::vector<Known>& known = known_;
     for (const View& v : script.inputs) inputs_.emplace_back(v);
@@ -69,7 +74,7 @@ class CudaPlan final : public Plan {
     try {
       Sequence at;
       move(inputs_, true, at.first);
-      enqueue(script.before, context, 0, at);
+      enqueue_before(script, context, prefix_.get(), at);
       at.first = true;  // what comes before the loop is done when any kernel of the loop begins: stable_keys
                         // rests on it
       if (loop_) {
@@ -128,7 +133,7 @@ class CudaPlan final : public Plan {
 
   std::vector<double> profile() override {
     run();  // inputs are where they belong
-    return cuda::profile(script_, context_, known_, loop_.get());
+    return cuda::profile(script_, context_, known_, loop_.get(), prefix_.get());
   }
 
   void run() override {
@@ -149,6 +154,7 @@ class CudaPlan final : public Plan {
       }
     }
     VLA_CHECK(cudaStreamSynchronize(context_.stream), "running");
+    if (prefix_) prefix_->check();
     if (loop_) loop_->check();
   }
 
@@ -179,6 +185,7 @@ class CudaPlan final : public Plan {
   Script script_;
   std::vector<Known> known_;
   std::unique_ptr<PersistentLoop> loop_;  // null: the loop is launched operation by operation
+  std::unique_ptr<PersistentPrefix> prefix_;
   std::vector<Port> inputs_, outputs_;
   cudaGraphExec_t graph_ = nullptr;
   size_t nodes_ = 0;
@@ -208,6 +215,18 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
     VLA_CHECK(launch_op(ops[i], layout, here), describe(ops[i]));
     at.first = false;
   }
+}
+
+void enqueue_before(const Script& script, const Context& context, PersistentPrefix* prefix, Sequence& at) {
+  const auto part = [&](size_t begin, size_t end) {
+    enqueue({script.before.begin() + static_cast<int64_t>(begin), script.before.begin() + static_cast<int64_t>(end)},
+            context, 0, at);
+  };
+  if (!prefix) return part(0, script.before.size());
+  part(0, prefix->begin);
+  prefix->enqueue(context.stream);  // (waits for all of what was before, and what follows for all of it)
+  at = {};
+  part(prefix->end, script.before.size());
 }
 
 namespace {
@@ -245,8 +264,10 @@ std::vector<Known> look_at_loop(const Script& script, const Context& context, Po
 std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool) {
   std::vector<Known> known = look_at_loop(script, context, pool);
   std::unique_ptr<PersistentLoop> loop = persistent_loop(script, context, known, pool);
-  VLA_CHECK(cudaStreamSynchronize(context.stream), "packing for the persistent head");
-  return std::make_unique<CudaPlan>(std::move(script), context, std::move(known), std::move(loop));
+  std::unique_ptr<PersistentPrefix> prefix = persistent_prefix(script, context, pool);
+  VLA_CHECK(cudaStreamSynchronize(context.stream), "packing for the persistent kernels");
+  return std::make_unique<CudaPlan>(std::move(script), context, std::move(known), std::move(loop),
+                                    std::move(prefix));
 }
 
 }  // namespace vla::cuda

@@ -16,6 +16,9 @@ namespace vla::cuda {
 // share them.
 using HeadWeights = std::map<std::tuple<const void*, int, int>, const uint16_t*>;
 
+// The same of the persistent prefix, whose layout is the weight's alone.
+using PrefixWeights = std::map<const void*, const uint16_t*>;
+
 class PersistentLoop;
 
 struct Context {
@@ -27,6 +30,7 @@ struct Context {
   Filling* filling = nullptr;
   const std::map<const void*, Layout>* layouts = nullptr;
   HeadWeights* head_weights = nullptr;  // outlives the plans
+  PrefixWeights* prefix_weights = nullptr;
 
   Launch launch(int step, bool pdl) const {
     return {.stream = stream,
@@ -64,8 +68,9 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
 
 // Seconds of each operation, `before`, `body` (all steps together) and `after`, from runs of the whole of
 // them.
+class PersistentPrefix;
 std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
-                            PersistentLoop* loop);
+                            PersistentLoop* loop, PersistentPrefix* prefix);
 
 // Bytes a second, read and written, of the quickest of a few copies of `bytes` within the device's memory.
 double copy_rate(const Context& context, size_t bytes);
@@ -81,6 +86,17 @@ class PersistentLoop {
 // nullptr where the loop is not one that the kernel can express, or the device not one that it runs on.
 std::unique_ptr<PersistentLoop> persistent_loop(const Script& script, const Context& context,
                                                 const std::vector<Known>& known, Pool& pool);
+
+// The layers of a small prefix, operations [begin, end) before the loop, as one kernel (prefix/plan.cc).
+class PersistentPrefix : public PersistentLoop {
+ public:
+  PersistentPrefix(size_t begin, size_t end) : begin(begin), end(end) {}
+  const size_t begin, end;
+};
+std::unique_ptr<PersistentPrefix> persistent_prefix(const Script& script, const Context& context, Pool& pool);
+
+// Launches what comes before the loop, the layers of the prefix as one kernel where there is one.
+void enqueue_before(const Script& script, const Context& context, PersistentPrefix* prefix, Sequence& at);
 
 // `pool` takes tables that live as long as the device.
 std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool);

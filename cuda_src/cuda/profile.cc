@@ -52,41 +52,54 @@ std::vector<double> time_between_marks(const Context& context,
 
 }  // namespace
 
-// The three parts of the script are timed as they run, one launch overlapping the next, the loop as one
-// kernel where it is; a part's operations are timed one by one, and share the part's time in proportion.
+// The parts of the script are timed as they run, one launch overlapping the next, the prefix's layers and the
+// loop as one kernel where they are; a part's operations are timed one by one, and share the part's time in
+// proportion.
 std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
-                            PersistentLoop* loop) {
-  const std::vector<double> parts = time_between_marks(context, [&](const std::function<void()>& mark) {
-    Sequence at;
-    mark();
-    enqueue(script.before, context, 0, at);
-    mark();
-    at.first = true;
-    if (loop) loop->enqueue(context.stream);
-    for (int step = 0; step < (loop ? 0 : script.steps); ++step) {
-      at.parts = 0;
-      enqueue(script.body, context, step, at, known);
+                            PersistentLoop* loop, PersistentPrefix* prefix) {
+  struct Part {
+    std::vector<Op> ops;
+    PersistentLoop* kernel = nullptr;
+    int steps = 1;
+    bool body = false;
+  };
+  std::vector<Part> parts;
+  const auto before = [&](size_t begin, size_t end, PersistentLoop* kernel) {
+    parts.push_back({{script.before.begin() + static_cast<int64_t>(begin),
+                      script.before.begin() + static_cast<int64_t>(end)},
+                     kernel});
+  };
+  before(0, prefix ? prefix->begin : script.before.size(), nullptr);
+  if (prefix) before(prefix->begin, prefix->end, prefix), before(prefix->end, script.before.size(), nullptr);
+  parts.push_back({script.body, loop, script.steps, true});
+  parts.push_back({script.after});
+  const std::vector<double> seconds = time_between_marks(context, [&](const std::function<void()>& mark) {
+    for (const Part& part : parts) {
+      mark();
+      Sequence at;
+      if (part.kernel) part.kernel->enqueue(context.stream);
+      for (int step = 0; step < (part.kernel ? 0 : part.steps); ++step) {
+        at.parts = 0;
+        enqueue(part.ops, context, step, at, part.body ? known : std::vector<Known>{});
+      }
     }
-    mark();
-    at = {};
-    enqueue(script.after, context, 0, at);
     mark();
   });
   std::vector<double> all;
-  const std::vector<Op>* lists[3] = {&script.before, &script.body, &script.after};
-  for (int part = 0; part < 3; ++part) {
-    std::vector<double> each = time_between_marks(context, [&](const std::function<void()>& mark) {
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Part& part = parts[i];
+    const std::vector<double> each = time_between_marks(context, [&](const std::function<void()>& mark) {
       mark();
-      for (size_t i = 0; i < lists[part]->size(); ++i) {
+      for (size_t n = 0; n < part.ops.size(); ++n) {
         Sequence at;
         std::vector<Known> its;
-        if (part == 1) its = {known[i]};
-        enqueue({(*lists[part])[i]}, context, 0, at, its);
+        if (part.body) its = {known[n]};
+        enqueue({part.ops[n]}, context, 0, at, its);
         mark();
       }
     });
     const double sum = std::accumulate(each.begin(), each.end(), 0.0);
-    for (double s : each) all.push_back(sum > 0.0 ? s * parts[part] / sum : 0.0);
+    for (double s : each) all.push_back(sum > 0.0 ? s * seconds[i] / sum : 0.0);
   }
   return all;
 }

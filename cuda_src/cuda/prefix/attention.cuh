@@ -1,5 +1,5 @@
-// Attention of the persistent prefix: a block has 64 queries of a head; all keys lie in shared memory, half of
-// them each warpgroup's (NK). What the warpgroups find of their keys is weighed and added (Milakov and
+// Attention of the persistent prefix: a block has 64 queries of a head; all keys lie in shared memory, half
+// of them each warpgroup's (NK). What the warpgroups find of their keys is weighed and added (Milakov and
 // Gimelshein 2018), either of them finishing half of the columns.
 #pragma once
 
@@ -9,11 +9,13 @@
 
 namespace vla::cuda::prefix {
 
-// Which blocks the keys belong to: once, since no layer changes that. A key is seen by rows whose block is not
-// before its own; one that is not there by none.
+// Which blocks the keys belong to: once, since no layer changes that. A key is seen by rows whose block is
+// not before its own; one that is not there by none.
 __device__ __forceinline__ void read_key_blocks(const Table& t, int* key_blocks) {
   for (int i = threadIdx.x; i < 2 * t.key_rows; i += kConsumers) {
-    key_blocks[i] = i >= t.m ? INT_MAX : t.k_block != nullptr ? __ldg(t.k_block + i * t.ld_k_block) : INT_MIN + 1;
+    key_blocks[i] = i >= t.m               ? INT_MAX
+                    : t.k_block != nullptr ? __ldg(t.k_block + i * t.ld_k_block)
+                                           : INT_MIN + 1;
   }
 }
 
@@ -30,7 +32,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row + 8 * h;
-      row_block[h] = r >= t.m                ? INT_MIN
+      row_block[h] = r >= t.m               ? INT_MIN
                      : t.q_block != nullptr ? __ldg(t.q_block + r * t.ld_q_block)
                                             : INT_MAX - 1;
     }

@@ -1,9 +1,9 @@
 // A block of the persistent prefix: its shared memory, and the two warps that fill the ring.
 //
 // A stage of the ring has weights and the rows of x that go with them, and one barrier for both. The weights
-// never change, so the feeder asks for them as soon as there is room, ahead of the barrier between blocks; the
-// loader asks for x behind it. A block that has the tile of another keeps to the same order of stages, so ring
-// positions are counted by everyone alike.
+// never change, so the feeder asks for them as soon as there is room, ahead of the barrier between blocks;
+// the loader asks for x behind it. A block that has the tile of another keeps to the same order of stages, so
+// ring positions are counted by everyone alike.
 #pragma once
 
 #include "../head/block.cuh"
@@ -14,7 +14,7 @@ namespace vla::cuda::prefix {
 using head::Slot;
 using head::Watch;
 
-constexpr int kReleases = kConsumers / 32;  // a warp's share of a slot's release is 1, or 2 of half as many
+constexpr int kReleases = kConsumers / 32;  // of a slot: 1 a warp; 2 where one warpgroup only knows of it
 constexpr int kAll = 1;                     // the named barrier of all consumers
 
 // Kinds of waits in a report beside head::Waiting's: detail is a slot.
@@ -133,12 +133,13 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
           return;
         }
         const int chunks = chunks_of_stage(p, at, stage), bytes = p.rows * kChunkBytes;
-        const Bits* from = p.x + (static_cast<int64_t>(at.first + stage * p.stage_chunks) * p.x_rows + at.row) *
-                                     kChunk;
+        const Bits* from =
+            p.x + (static_cast<int64_t>(at.first + stage * p.stage_chunks) * p.x_rows + at.row) * kChunk;
         barrier_expect(full, chunks * bytes);
 #pragma unroll 1
         for (int c = 0; c < chunks; ++c)
-          bulk_load(to + kWeightBytes + c * bytes, from + static_cast<int64_t>(c) * p.x_rows * kChunk, bytes, full);
+          bulk_load(to + kWeightBytes + c * bytes, from + static_cast<int64_t>(c) * p.x_rows * kChunk, bytes,
+                    full);
       });
     }
     const bool last = i + 1 == t.phases || t.phase[i + 1].group != p.group;

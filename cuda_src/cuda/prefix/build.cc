@@ -21,7 +21,8 @@ bool same(const View& a, const View& b) {
 
 class Builder {
  public:
-  Builder(Table& table, const std::vector<Op>& ops, Range range, const Settings& settings, const Memory& memory)
+  Builder(Table& table, const std::vector<Op>& ops, Range range, const Settings& settings,
+          const Memory& memory)
       : t_(table), ops_(ops), at_(range.begin), end_(range.end), s_(settings), memory_(memory) {}
 
   void run() {
@@ -58,9 +59,7 @@ class Builder {
   T* take(size_t count) {
     return reinterpret_cast<T*>(memory_.take(count * sizeof(T)));
   }
-  Bits* activation(int cols) {
-    return take<Bits>((size_t(cols / kChunk) * t_.rows + kSpareRows) * kChunk);
-  }
+  Bits* activation(int cols) { return take<Bits>((size_t(cols / kChunk) * t_.rows + kSpareRows) * kChunk); }
   static int whole(int columns, const char* what) {
     require(columns > 0 && columns % kChunk == 0, std::string(what) + ": no multiple of 64");
     return columns / kChunk;
@@ -91,13 +90,14 @@ class Builder {
     }
   }
   void normed(Phase& p, const Norm& norm) {
-    require(norm.kind == NormKind::kRms && !norm.bias && p.chunks > 1, "a norm of another kind");
+    require(norm.kind == NormKind::kRms && !norm.bias, "a norm of another kind");
     p.eps = norm.eps, p.mean = 1.0f / static_cast<float>(width_);
   }
   // The norm that reads what `p` writes of the hidden state.
   void next(Phase& p, const Norm& norm) {
     require(norm.kind == NormKind::kRms && !norm.bias, "a norm of another kind");
-    require(!norm.weight || (norm.weight.dtype == DType::kF32 && norm.weight.step_bytes == 0), "a norm's weight");
+    require(!norm.weight || (norm.weight.dtype == DType::kF32 && norm.weight.step_bytes == 0),
+            "a norm's weight");
     p.next = reinterpret_cast<const float*>(norm.weight.base), p.next_plus = norm.plus;
   }
   static bool plain(const View& v) {
@@ -125,8 +125,9 @@ class Builder {
     require(same(qkv.x, hidden_), "q, k and v of something else");
     require(!qkv.q_bias && !qkv.k_bias && !qkv.v_bias && qkv.k && qkv.v && qkv.head_dim == kHead,
             "a projection of other parts");
-    require(plain(qkv.k) && plain(qkv.v) && qkv.k.cols == qkv.v.cols && qkv.k.rows == t_.m && qkv.v.rows == t_.m,
-            "keys that are not aligned");
+    require(
+        plain(qkv.k) && plain(qkv.v) && qkv.k.cols == qkv.v.cols && qkv.k.rows == t_.m && qkv.v.rows == t_.m,
+        "keys that are not aligned");
     const int kv = whole(qkv.k.cols, "keys"), heads = qkv.q ? whole(qkv.q.cols, "queries") : 0;
     if (!t_.k) {
       kv_ = kv;
@@ -134,7 +135,8 @@ class Builder {
       t_.v = take<Bits>((size_t(kv) * 2 * t_.key_rows + kSpareRows) * kChunk);
       rotation(qkv);
     }
-    require(kv == kv_ && same(qkv.rope, rope_) && same(qkv.positions, positions_), "layers that are not alike");
+    require(kv == kv_ && same(qkv.rope, rope_) && same(qkv.positions, positions_),
+            "layers that are not alike");
     Phase& p = add(Kind::kQkv);
     p.heads[0] = heads, p.heads[1] = kv, p.column_tiles = heads + 2 * kv;
     tile_rows_for<kQkvRows>(p);
@@ -184,7 +186,8 @@ class Builder {
   // hidden state + x W^T, the hidden state from here on.
   void state(const View& x, const Bits* from, int chunks, int split) {
     const Linear& o = op<Linear>("no product into the hidden state");
-    require(same(o.x, x) && o.residual && same(o.residual, hidden_) && o.residual.rows == t_.m, "a residual from afar");
+    require(same(o.x, x) && o.residual && same(o.residual, hidden_) && o.residual.rows == t_.m,
+            "a residual from afar");
     require(o.norm.kind == NormKind::kNone && !o.bias && !o.gate && o.act == Act::kNone && o.scale == 1.0f &&
                 o.out.dtype == DType::kBF16 && o.out.cols == width_ && o.out_scale == 0.0f,
             "a product of another kind into the hidden state");
@@ -226,7 +229,8 @@ class Builder {
   void rotation(const Qkv& qkv) {
     rope_ = qkv.rope, positions_ = qkv.positions;
     if (!rope_) return;
-    require(rope_.step_bytes == 0 && positions_.step_bytes == 0 && rope_.dtype == DType::kF32, "a rotary table");
+    require(rope_.step_bytes == 0 && positions_.step_bytes == 0 && rope_.dtype == DType::kF32,
+            "a rotary table");
     t_.rope = reinterpret_cast<const float*>(rope_.base), t_.ld_rope = rope_.ld, t_.rope_rows = rope_.rows;
     t_.positions = reinterpret_cast<const int*>(positions_.base), t_.ld_positions = positions_.ld;
   }

@@ -10,7 +10,8 @@ namespace vla::cuda::prefix {
 
 // The hidden state as it comes, into registers, and what the first product reads of it.
 template <int kOwnedRows>
-__device__ __forceinline__ void prepare(const Table& t, const Block& b, const Phase& p, int index, Carried& state) {
+__device__ __forceinline__ void prepare(const Table& t, const Block& b, const Phase& p, int index,
+                                        Carried& state) {
   constexpr int kUnits = kOwnedRows / 8, H = units_first(kUnits);
   const int group = warp_index() / 4, lane = threadIdx.x % 32, warp = warp_index() % 4;
   const Tile at = tile_at(p, first_tile(p, b.cta), b.cta);
@@ -21,11 +22,14 @@ __device__ __forceinline__ void prepare(const Table& t, const Block& b, const Ph
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int row = at.row + 8 * (group * H + i) + lane % 4 * 2 + e % 2;
-      z[i][e] = row < t.m ? __bfloat162float(reinterpret_cast<const bf16*>(t.prefix)[row * t.ld_prefix + c + e / 2 * 8])
-                          : 0.0f;
+      z[i][e] =
+          row < t.m
+              ? __bfloat162float(reinterpret_cast<const bf16*>(t.prefix)[row * t.ld_prefix + c + e / 2 * 8])
+              : 0.0f;
     }
   }
-  if (p.next != nullptr) next[0] = p.next_plus + __ldg(p.next + c), next[1] = p.next_plus + __ldg(p.next + c + 8);
+  if (p.next != nullptr)
+    next[0] = p.next_plus + __ldg(p.next + c), next[1] = p.next_plus + __ldg(p.next + c + 8);
   end_state<kUnits, H>(z, t, p, at.column, at.row, next, group, state);
   named_barrier(kAll, kConsumers);
   if (threadIdx.x == 0) head::add_done(t.counter);
@@ -64,7 +68,8 @@ __device__ __forceinline__ void consume(const Table& t, const Block& b, int* key
     } else if (p.kind == Kind::kPrepare) {
       with_size<kOwned>(t.owned, [&](auto n) { prepare<n>(t, b, p, i, state); });
     } else if (p.split == kPair) {
-      with_size<kOwned>(t.owned, [&](auto n) { product_phase<Kind::kLinear, kPair * n, kPair>(t, b, p, i, state, w); });
+      with_size<kOwned>(
+          t.owned, [&](auto n) { product_phase<Kind::kLinear, kPair * n, kPair>(t, b, p, i, state, w); });
     } else {
       with_size<kOwned>(t.owned, [&](auto n) { product_phase<Kind::kLinear, n, 1>(t, b, p, i, state, w); });
     }

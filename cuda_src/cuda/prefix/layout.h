@@ -1,9 +1,9 @@
 // Where everything of the persistent prefix lies: who owns which tile, and the order of bytes in global and
 // shared memory. The kernel, the packing and the host's test share these functions.
 //
-// As in the persistent head a row of 64 bf16 columns ("chunk") is 128 bytes, swizzled as the matrix unit wants
-// it, and activations are chunks one after another: [chunk][rows][128 bytes], rows padded to 8. Here the
-// matrix unit's 64 rows are rows of W, its columns are rows of x: few blocks' worth of x rows is then no
+// As in the persistent head a row of 64 bf16 columns ("chunk") is 128 bytes, swizzled as the matrix unit
+// wants it, and activations are chunks one after another: [chunk][rows][128 bytes], rows padded to 8. Here
+// the matrix unit's 64 rows are rows of W, its columns are rows of x: few blocks' worth of x rows is then no
 // waste, and what a block waits for after a barrier is small.
 #pragma once
 
@@ -24,15 +24,16 @@ using head::kSharedOfBlock;
 using head::kThreads;
 using head::pad_to;
 
-constexpr int kPair = 2;          // blocks of a cluster: they share k where it is split
-constexpr int kHead = 64;         // columns of a head: a chunk
+constexpr int kPair = 2;   // blocks of a cluster: they share k where it is split
+constexpr int kHead = 64;  // columns of a head: a chunk
 constexpr int kMaxPhases = 112;
-constexpr int kMaxSlots = 12;     // of the ring
-constexpr int kMaxStages = 32;    // of a tile: a lane of the feeding warp each
-constexpr int kSquareParts = 64;  // of a row's sum of squares: four a tile of 64 columns; the others stay zero
-constexpr int kMaxRows = 256;     // of x
+constexpr int kMaxSlots = 12;   // of the ring
+constexpr int kMaxStages = 32;  // of a tile: a lane of the feeding warp each
+constexpr int kSquareParts =
+    64;                        // of a row's sum of squares: four a tile of 64 columns; the others stay zero
+constexpr int kMaxRows = 256;  // of x
 constexpr int kWeightBytes = 2 * 64 * kChunkBytes;  // of a stage: 128 rows of W, or 64 of two chunks
-constexpr int kSpareRows = 128;   // after an activation: tiles reach past its last row
+constexpr int kSpareRows = 128;                     // after an activation: tiles reach past its last row
 constexpr int kUnitBytes = 16 * kGroup;             // what a warpgroup hands over of 8 rows of x
 constexpr int kExchange = 12 * kUnitBytes;          // 3 x 4 units where k is split; attention wants 2 x 5
 constexpr int kStages = 5;                          // of a tile of attention: queries, 2 x keys, 2 x values
@@ -49,23 +50,23 @@ enum class Kind : int { kPrepare = 0, kQkv = 1, kAttention = 2, kLinear = 3, kGa
 
 struct Phase {
   Kind kind;
-  int group;             // begins when all blocks are done with the groups before
-  int first_cta, ctas;   // blocks that have its tiles, in turn; those of a group's phases are apart
+  int group;            // begins when all blocks are done with the groups before
+  int first_cta, ctas;  // blocks that have its tiles, in turn; those of a group's phases are apart
   int column_tiles, row_tiles;
-  int rows;              // of x, of a tile; of keys of a warpgroup in attention
-  int chunks;            // of k
-  int split;             // kPair: the blocks of a pair have half of the chunks each; or 1
-  int stage_chunks;      // of a stage of the ring
-  int x_rows;            // padded rows of x
+  int rows;          // of x, of a tile; of keys of a warpgroup in attention
+  int chunks;        // of k
+  int split;         // kPair: the blocks of a pair have half of the chunks each; or 1
+  int stage_chunks;  // of a stage of the ring
+  int x_rows;        // padded rows of x
   int act;
-  float eps, mean;       // of the norm of x; mean: 1 / columns
+  float eps, mean;  // of the norm of x; mean: 1 / columns
   const Bits* x;
-  const Bits* w;         // [column tile][chunk][64, or 128 where gated][128 bytes]
-  Bits* out;             // an activation; rows of ld_out where kProject
+  const Bits* w;  // [column tile][chunk][64, or 128 where gated][128 bytes]
+  Bits* out;      // an activation; rows of ld_out where kProject
   int64_t ld_out;
-  const float* next;     // weight of the norm that reads `out`
+  const float* next;  // weight of the norm that reads `out`
   float next_plus;
-  int heads[2];          // qkv: of q; of k and of v
+  int heads[2];             // qkv: of q; of k and of v
   Bits *cache_k, *cache_v;  // qkv: plain rows
   int64_t ld_k, ld_v;
 };
@@ -76,28 +77,26 @@ struct Table {
   int owned;                      // rows of x that a block finishes of the hidden state
   int key_rows;                   // of a warpgroup in attention
   int heads_per_key;
-  float scale;                    // log2(e) / sqrt(head size)
-  Bits *k, *v;                    // [kv head][2 key_rows][128 bytes]
-  float* squares;                 // (kMaxRows, kSquareParts), of the hidden state
-  const Bits* prefix;             // (m, width), plain rows
+  float scale;         // log2(e) / sqrt(head size)
+  Bits *k, *v;         // [kv head][2 key_rows][128 bytes]
+  float* squares;      // (kMaxRows, kSquareParts), of the hidden state
+  const Bits* prefix;  // (m, width), plain rows
   int64_t ld_prefix;
-  const float* rope;              // (rope_rows, 64): cosines, sines
+  const float* rope;  // (rope_rows, 64): cosines, sines
   const int* positions;
   int64_t ld_rope, ld_positions;
   int rope_rows;
-  const int *q_block, *k_block;   // or null
+  const int *q_block, *k_block;  // or null
   int64_t ld_q_block, ld_k_block;
-  unsigned* counter;              // head::kCounterWords, zero before a launch
-  unsigned* report;               // see head/watch.cuh
-  int64_t* stamps;                // (phases, 4) clocks of block 0, or null
-  int64_t patience;               // nanoseconds that a wait may take
+  unsigned* counter;  // head::kCounterWords, zero before a launch
+  unsigned* report;   // see head/watch.cuh
+  int64_t* stamps;    // (phases, 4) clocks of block 0, or null
+  int64_t patience;   // nanoseconds that a wait may take
   Phase phase[kMaxPhases];
 };
 static_assert(sizeof(Table) <= 32764, "a kernel's parameters");
 
-VLA_HD bool is_product(const Phase& p) {
-  return p.kind != Kind::kAttention && p.kind != Kind::kPrepare;
-}
+VLA_HD bool is_product(const Phase& p) { return p.kind != Kind::kAttention && p.kind != Kind::kPrepare; }
 // The hidden state's own: a block finishes the same rows and columns of it in each, in registers.
 VLA_HD bool owns_state(const Phase& p) { return p.kind == Kind::kLinear || p.kind == Kind::kPrepare; }
 VLA_HD int tile_rows(const Phase& p) { return p.kind == Kind::kGated ? 128 : 64; }  // of W
@@ -141,7 +140,8 @@ VLA_HD int chunks_of_stage(const Phase& p, const Tile& t, int stage) {
 }
 // Elements of W before a stage's.
 VLA_HD int64_t weights_at(const Phase& p, const Tile& t, int stage) {
-  return (static_cast<int64_t>(t.column) * p.chunks + t.first + stage * p.stage_chunks) * tile_rows(p) * kChunk;
+  return (static_cast<int64_t>(t.column) * p.chunks + t.first + stage * p.stage_chunks) * tile_rows(p) *
+         kChunk;
 }
 
 // ---- packed weights: which row of which matrix row r of a column tile is
@@ -166,8 +166,8 @@ VLA_HD SourceRow source_row(Kind kind, const int* heads, int tile, int r) {
   const HeadOf of = head_of(heads, tile);
   return {of.part - (heads[0] == 0), of.head * kHead + second * (kHead / 2) + unit * 8 + r % 8};
 }
-// Row of large/linear.cu's packing: of part `part` of a stacked weight of n[0], n[1], ... rows, or of two that
-// alternate by 32.
+// Row of large/linear.cu's packing: of part `part` of a stacked weight of n[0], n[1], ... rows, or of two
+// that alternate by 32.
 VLA_HD int packed_row(const int* n, int part, int row, bool interleaved) {
   if (interleaved) return row / 32 * 64 + part * 32 + row % 32;
   for (int i = 0; i < part; ++i) row += n[i];

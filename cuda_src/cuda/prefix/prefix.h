@@ -14,6 +14,7 @@ int resident_blocks();
 cudaError_t launch(const Table& t, cudaStream_t stream);
 
 // The weight of phase p from large/linear.cu's packing (n: rows of each part, k columns) to the prefix's.
-cudaError_t pack(Bits* to, const Phase& p, const Bits* from, const int* n, int parts, int k, cudaStream_t stream);
+cudaError_t pack(Bits* to, const Phase& p, const Bits* from, const int* n, int parts, int k,
+                 cudaStream_t stream);
 
 }  // namespace vla::cuda::prefix
