@@ -140,7 +140,7 @@ struct Suite {
       Prefix prefix(s);
       for (const int split : {2, 1}) {
         for (const int ctas : {held, held - 12}) {
-          for (const int slots : {pre::kMaxSlots, pre::kStages}) {
+          for (const int slots : {pre::kMaxSlots, pre::kStages + 1}) {
             if (quick && (ctas != held || slots != pre::kMaxSlots)) continue;
             if (ctas != held && slots != pre::kMaxSlots) continue;
             pre::Settings settings;

@@ -52,7 +52,7 @@ int main(int argc, char** argv) {
     s.layers = 4;  // the protocol needs the shape of the table only
     Prefix prefix(s);
     for (const int ctas : {132, 120, 114}) {
-      for (const int slots : {5, 12}) {
+      for (const int slots : {4, 5, 12}) {
         pre::Settings settings;
         settings.ctas = ctas, settings.max_slots = slots;
         if (const std::string why = prefix.build_table(settings); !why.empty()) {

@@ -104,31 +104,51 @@ class Play {
     bool busy = false;
     for (int i = 0; i < t_.phases; ++i) {
       const Phase& p = t_.phase[i];
+      const auto ready = [&](int s) {
+        int its = slot, its_parity = parity;
+        skip(its, its_parity, s);
+        return me.empty[its].passed(its_parity ^ 1);
+      };
+      const auto slot_of = [&](int s) {
+        int its = slot, its_parity = parity;
+        skip(its, its_parity, s);
+        return its;
+      };
+      int tile = first_tile(p, cta), first = 0;
+      // the loader has asked for room before the barrier, and copies after it
+      if (!weights && tile < tiles_of(p)) {
+        const Tile at = tile_at(p, tile, cta);
+        for (; first < std::min(t_.slots, stages_of(p, at)); ++first) {
+          co_await Until{[&] { return ready(first); }};
+          me.full[slot_of(first)].expect(bytes_of(p, at, first, weights));
+        }
+      }
       if (!weights && (i == 0 || t_.phase[i - 1].group != p.group)) {
         busy = false;
         co_await Until{[this, &p] { return passed(p.group); }};
       }
       busy |= takes_part(p, cta);
-      for (int tile = first_tile(p, cta); tile < tiles_of(p); tile += p.ctas) {
+      for (int s = 0; s < first; ++s) copy(me, i, p, tile, tile_at(p, tile, cta), s, slot_of(s), weights);
+      for (; tile < tiles_of(p); tile += p.ctas, first = 0) {
         const Tile at = tile_at(p, tile, cta);
         const int stages = stages_of(p, at);
-        for (int first = 0; first < stages; first += t_.slots) {
+        for (; first < stages; first += t_.slots) {
           std::vector<int> left;
           for (int s = first; s < std::min(first + t_.slots, stages); ++s) left.push_back(s);
           while (!left.empty()) {
-            const auto ready = [&](int s) {
-              int its = slot, its_parity = parity;
-              skip(its, its_parity, s);
-              return me.empty[its].passed(its_parity ^ 1);
-            };
             co_await Until{[&] { return std::any_of(left.begin(), left.end(), ready); }};
             const size_t start = random_() % left.size();
             for (size_t n = 0; n < left.size(); ++n) {
               const size_t k = (start + n) % left.size();
               if (!ready(left[k])) continue;
-              int its = slot, its_parity = parity;
-              skip(its, its_parity, left[k]);
-              fill(me, p, i, tile, at, left[k], its, weights);
+              const int its = slot_of(left[k]);
+              if (weights && !is_product(p)) {
+                me.weights[its] = tag(i, tile, left[k]);
+                me.full[its].arrive();
+              } else {
+                me.full[its].expect(bytes_of(p, at, left[k], weights));
+                copy(me, i, p, tile, at, left[k], its, weights);
+              }
               left.erase(left.begin() + k);
               break;
             }
@@ -140,13 +160,8 @@ class Play {
       if (!weights && last && !busy) report(cta, p.group);
     }
   }
-  void fill(Cta& me, const Phase& p, int phase, int tile, const Tile& at, int stage, int slot, bool weights) {
-    if (weights && !is_product(p)) {
-      me.weights[slot] = tag(phase, tile, stage);
-      me.full[slot].arrive();
-      return;
-    }
-    const int chunks = p.kind == Kind::kAttention ? 1 : chunks_of_stage(p, at, stage);
+  int bytes_of(const Phase& p, const Tile& at, int stage, bool weights) const {
+    const int chunks = p.kind != Kind::kAttention ? chunks_of_stage(p, at, stage) : stage == 0 ? 1 : 2;
     const int rows = weights                      ? tile_rows(p)
                      : p.kind != Kind::kAttention ? p.rows
                      : stage == 0                 ? 64
@@ -154,7 +169,10 @@ class Play {
     const int bytes = chunks * rows * kChunkBytes;
     const int most = p.kind == Kind::kAttention ? t_.slot : weights ? kWeightBytes : t_.slot - kWeightBytes;
     if (bytes <= 0 || bytes > most) throw Wrong{"a stage of " + std::to_string(bytes) + " bytes"};
-    me.full[slot].expect(bytes);
+    return bytes;
+  }
+  void copy(Cta& me, int phase, const Phase& p, int tile, const Tile& at, int stage, int slot, bool weights) {
+    const int bytes = bytes_of(p, at, stage, weights);
     late_.push_back([=, &me] {
       (weights ? me.weights : me.x)[slot] = tag(phase, tile, stage);
       me.full[slot].complete(bytes);
@@ -181,7 +199,7 @@ class Play {
         const int stages = stages_of(p, at);
         std::vector<int> mine;  // stages that this warpgroup waits for
         for (int s = 0; s < stages; ++s)
-          if (p.kind != Kind::kAttention || s == 0 || (s - 1) % 2 == group) mine.push_back(s);
+          if (p.kind != Kind::kAttention || s == 0 || s - 1 == group) mine.push_back(s);
         if (p.split == kPair && group == 0) me.sums.expect(2);
         for (const int s : mine) {
           int its = slot, its_parity = parity;

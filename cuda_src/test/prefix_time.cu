@@ -128,7 +128,7 @@ int main(int argc, char** argv) {
     Prefix prefix({"SmolVLA", 16, 960, 2560, 15, 5, rows, true});
     std::vector<pre::Settings> variants;
     for (const int split : {2, 1}) {
-      for (const int slots : {12, 6, 5}) {
+      for (const int slots : {12, 6}) {
         pre::Settings v;
         v.ctas = held, v.split = split, v.max_slots = slots;
         if (all || variants.empty()) variants.push_back(v);

@@ -36,8 +36,8 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
                      : t.q_block != nullptr ? __ldg(t.q_block + r * t.ld_q_block)
                                             : INT_MAX - 1;
     }
-    Slot queries = state.at, keys = state.at, values = state.at;
-    keys.skip(1 + group, t.slots), values.skip(3 + group, t.slots);
+    Slot queries = state.at, keys = state.at;
+    keys.skip(1 + group, t.slots);
     state.at.skip(kStages, t.slots);
     const auto low = [&](const Slot& s) { return head::tile_low(b.ring + s.slot * t.slot); };
     head::wait_on(b.full(queries.slot), queries.parity, w, kForStage, queries.slot);
@@ -55,7 +55,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < NK / 2; ++i) asm volatile("" : "+f"(s[i])::"memory");  // read no earlier
-    release(b, queries.slot, 1), release(b, keys.slot, 2);
+    release(b, queries.slot, 1);
 
     float top[2], total[2];
     const int* its = key_blocks + group * NK + lane % 4 * 2;
@@ -94,8 +94,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     float acc[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[i] = 0.0f;
-    head::wait_on(b.full(values.slot), values.parity, w, kForStage, values.slot);
-    const uint32_t v = b.ring + values.slot * t.slot;
+    const uint32_t v = b.ring + keys.slot * t.slot + NK * kChunkBytes;
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < NK / 16; ++kk)
@@ -104,7 +103,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-    release(b, values.slot, 2);
+    release(b, keys.slot, 2);
     stamp(t, index, 2);
 
     // four units of 8 columns to the other warpgroup, and a fifth of statistics

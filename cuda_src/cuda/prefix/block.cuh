@@ -27,7 +27,7 @@ struct Block {
   __device__ __forceinline__ Block(const Table& t, uint32_t base)
       : ring(base),
         exchange(base + t.slots * t.slot),
-        inverse(exchange + kExchange),
+        inverse(exchange + t.exchange),
         key_blocks(inverse + kInverseBytes),
         barriers(key_blocks + kKeyBlockBytes),
         cta(blockIdx.x),
@@ -43,6 +43,14 @@ struct Block {
   }
 };
 
+// Bytes of global memory, a multiple of 16, on their way to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+#if VLA_SM90
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+  (void)from, (void)bytes;
+#endif
+}
 __device__ __forceinline__ void release(const Block& b, int slot, int count) {
 #if VLA_SM90
   if (threadIdx.x % 32 == 0)
@@ -52,34 +60,92 @@ __device__ __forceinline__ void release(const Block& b, int slot, int count) {
 #endif
 }
 
-// A lane for each of `stages` stages from `begin` on: `fill(stage, slot)` when the slot has room.
-template <typename Fill>
-__device__ __forceinline__ void fill_stages(const Table& t, const Block& b, Slot& begin, int stages, Watch& w,
-                                            const Fill& fill) {
-  const int lane = threadIdx.x % 32;
-  Slot at = begin;
-  at.skip(lane, t.slots);
-  // (a stage may be asked for when that before it in the same slot has been: parities know no more)
+// What a lane has copied into a stage: `copies` times `bytes`, `step` apart in global memory.
+struct Job {
+  const std::byte* from;
+  int64_t step;
+  int bytes, copies;
+  uint32_t at;  // where in the slot
+};
+__device__ __forceinline__ Job weights_job(const Phase& p, const Tile& at, int stage) {
+  return {reinterpret_cast<const std::byte*>(p.w + weights_at(p, at, stage)), 0,
+          chunks_of_stage(p, at, stage) * tile_rows(p) * kChunkBytes, is_product(p) ? 1 : 0, 0};
+}
+__device__ __forceinline__ Job x_job(const Table& t, const Phase& p, const Tile& at, int stage) {
+  Job j;
+  if (p.kind == Kind::kAttention) {
+    if (stage == 0) {  // queries
+      j.from = reinterpret_cast<const std::byte*>(
+          p.x + (static_cast<int64_t>(at.column) * p.x_rows + at.row) * kChunk);
+      j.bytes = 64 * kChunkBytes, j.copies = 1, j.step = 0;
+    } else {  // keys and values of a warpgroup
+      const int64_t row = static_cast<int64_t>(2 * (at.column / t.heads_per_key) + stage - 1) * t.key_rows;
+      j.from = reinterpret_cast<const std::byte*>(t.k + row * kChunk);
+      j.bytes = t.key_rows * kChunkBytes, j.copies = 2,
+      j.step = (t.v - t.k) * static_cast<int64_t>(sizeof(Bits));
+    }
+    j.at = 0;
+    return j;
+  }
+  const int64_t chunk = at.first + stage * p.stage_chunks;
+  j.from = reinterpret_cast<const std::byte*>(p.x + (chunk * p.x_rows + at.row) * kChunk);
+  j.step = static_cast<int64_t>(p.x_rows) * kChunkBytes, j.bytes = p.rows * kChunkBytes;
+  j.copies = chunks_of_stage(p, at, stage), j.at = kWeightBytes;
+  return j;
+}
+__device__ __forceinline__ void expect(const Block& b, const Job& j, int slot) {
+  if (j.copies > 0) {
+    barrier_expect(b.full(slot), j.bytes * j.copies);
+  } else {
+    barrier_arrive(b.full(slot));
+  }
+}
+__device__ __forceinline__ void copy(const Table& t, const Block& b, const Job& j, int slot) {
+  const uint32_t to = b.ring + slot * t.slot + j.at;
 #pragma unroll 1
-  for (int first = 0; first < stages; first += t.slots) {
+  for (int c = 0; c < j.copies; ++c) bulk_load(to + c * j.bytes, j.from + c * j.step, j.bytes, b.full(slot));
+}
+
+// A lane for each of a tile's stages: this one's slot and what goes there. Stages [first, first + slots) may
+// be asked for when those before them have been: parities know no more.
+struct Lane {
+  Slot at;
+  int stages;
+  Job job;
+  // Has `then` done when the stage's slot has room.
+  template <typename Then>
+  __device__ __forceinline__ void batch(const Table& t, const Block& b, int first, Watch& w,
+                                        const Then& then) const {
+    const int lane = threadIdx.x % 32;
     bool left = lane >= first && lane < min(first + t.slots, stages);
     unsigned tries = 0;
     int64_t since = 0;
 #pragma unroll 1
     while (__any_sync(0xffffffffu, left)) {
       if (left && (w.over || head::try_wait(b.empty(at.slot), at.parity ^ 1))) {
-        fill(lane, at.slot);
+        then();
         left = false;
       } else if (left) {
         head::enough(w, tries, since, kForRoom, at.slot, 0);
       }
     }
   }
-  begin.skip(stages, t.slots);
+  __device__ __forceinline__ void batches(const Table& t, const Block& b, int first, Watch& w) const {
+#pragma unroll 1
+    for (; first < stages; first += t.slots) {
+      batch(t, b, first, w, [&] { expect(b, job, at.slot), copy(t, b, job, at.slot); });
+    }
+  }
+};
+__device__ __forceinline__ Lane lane_of(const Table& t, const Phase& p, const Tile& at, const Slot& begin) {
+  Lane l{begin, stages_of(p, at), {}};
+  l.at.skip(threadIdx.x % 32, t.slots);
+  return l;
 }
 
 // A warp: this block's weights.
 __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
+  const int lane = threadIdx.x % 32;
   Slot begin;
 #pragma unroll 1
   for (int i = 0; i < t.phases; ++i) {
@@ -88,62 +154,57 @@ __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
 #pragma unroll 1
     for (int tile = first_tile(p, b.cta); tile < tiles_of(p); tile += p.ctas) {
       const Tile at = tile_at(p, tile, b.cta);
-      fill_stages(t, b, begin, stages_of(p, at), w, [&](int stage, int slot) {
-        if (!is_product(p)) {
-          barrier_arrive(b.full(slot));
-          return;
-        }
-        const int bytes = chunks_of_stage(p, at, stage) * tile_rows(p) * kChunkBytes;
-        barrier_expect(b.full(slot), bytes);
-        bulk_load(b.ring + slot * t.slot, p.w + weights_at(p, at, stage), bytes, b.full(slot));
-      });
+      Lane l = lane_of(t, p, at, begin);
+      l.job = weights_job(p, at, lane);
+      // what has no room yet comes as far as the second-level cache: once for all rows
+      if (lane >= t.slots && lane < l.stages && l.job.copies > 0 &&
+          tile / p.column_tiles == lane % p.row_tiles)
+        prefetch(l.job.from, l.job.bytes);
+      l.batches(t, b, 0, w);
+      begin.skip(l.stages, t.slots);
     }
   }
 }
 
-// A warp: waits for the other blocks, then has copied what the phase reads of what they have written.
+// A warp: waits for the other blocks, then has copied what the phase reads of what they have written. All
+// that can be done before is: what is asked for, and the room for it.
 __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
+  const int lane = threadIdx.x % 32;
   Slot begin;
   bool busy = false;  // in a phase of this group
 #pragma unroll 1
   for (int i = 0; i < t.phases; ++i) {
     const Phase& p = t.phase[i];
     w.phase = i;
-    if (i == 0 || t.phase[i - 1].group != p.group) {
-      head::wait_for_count(t.counter, static_cast<unsigned>(p.group) * t.ctas, w);
+    const int first = first_tile(p, b.cta), tiles = tiles_of(p), group = p.group;
+    Lane l{};
+    if (first < tiles) {
+      const Tile at = tile_at(p, first, b.cta);
+      l = lane_of(t, p, at, begin);
+      l.job = x_job(t, p, at, lane);
+      l.batch(t, b, 0, w, [&] { expect(b, l.job, l.at.slot); });
+    }
+    if (i == 0 || t.phase[i - 1].group != group) {
+      head::wait_for_count(t.counter, static_cast<unsigned>(group) * t.ctas, w);
       __syncwarp();
       busy = false;
     }
-    if (t.stamps && b.cta == 0 && threadIdx.x % 32 == 0) t.stamps[i * 4] = clock64();
-    busy = busy || takes_part(p, b.cta);
+    if (lane < min(t.slots, l.stages)) copy(t, b, l.job, l.at.slot);
+    __syncwarp();
+    if (t.stamps && b.cta == 0 && lane == 0) t.stamps[i * 4] = clock64();
+    busy = busy || first < tiles;
+    l.batches(t, b, t.slots, w);
+    begin.skip(l.stages, t.slots);
 #pragma unroll 1
-    for (int tile = first_tile(p, b.cta); tile < tiles_of(p); tile += p.ctas) {
+    for (int tile = first + p.ctas; tile < tiles; tile += p.ctas) {
       const Tile at = tile_at(p, tile, b.cta);
-      fill_stages(t, b, begin, stages_of(p, at), w, [&](int stage, int slot) {
-        const uint32_t to = b.ring + slot * t.slot, full = b.full(slot);
-        if (p.kind == Kind::kAttention) {
-          // queries; keys of either warpgroup; values
-          const int kv = at.column / t.heads_per_key, half = (stage - 1) % 2;
-          const Bits* from = stage == 0 ? p.x + (static_cast<int64_t>(at.column) * p.x_rows + at.row) * kChunk
-                                        : (stage <= 2 ? t.k : t.v) +
-                                              static_cast<int64_t>(2 * kv + half) * t.key_rows * kChunk;
-          const int bytes = (stage == 0 ? 64 : t.key_rows) * kChunkBytes;
-          barrier_expect(full, bytes);
-          bulk_load(to, from, bytes, full);
-          return;
-        }
-        const int chunks = chunks_of_stage(p, at, stage), bytes = p.rows * kChunkBytes;
-        const Bits* from =
-            p.x + (static_cast<int64_t>(at.first + stage * p.stage_chunks) * p.x_rows + at.row) * kChunk;
-        barrier_expect(full, chunks * bytes);
-#pragma unroll 1
-        for (int c = 0; c < chunks; ++c)
-          bulk_load(to + kWeightBytes + c * bytes, from + static_cast<int64_t>(c) * p.x_rows * kChunk, bytes,
-                    full);
-      });
+      l = lane_of(t, p, at, begin);
+      l.job = x_job(t, p, at, lane);
+      l.batches(t, b, 0, w);
+      begin.skip(l.stages, t.slots);
     }
-    const bool last = i + 1 == t.phases || t.phase[i + 1].group != p.group;
-    if (last && !busy && threadIdx.x % 32 == 0) head::add_done(t.counter);
+    const bool last = i + 1 == t.phases || t.phase[i + 1].group != group;
+    if (last && !busy && lane == 0) head::add_done(t.counter);
   }
 }
 

@@ -242,15 +242,21 @@ class Builder {
   }
 
   void share_memory() {
-    int rows = std::max(64, t_.key_rows) * kChunkBytes;  // a stage of attention
+    int rows = 2 * t_.key_rows * kChunkBytes;  // a stage of attention
+    t_.exchange = kLeastExchange;
     for (int i = 0; i < t_.phases; ++i) {
       const Phase& p = t_.phase[i];
-      if (is_product(p)) rows = std::max(rows, kWeightBytes + p.stage_chunks * p.rows * kChunkBytes);
+      if (!is_product(p)) continue;
+      rows = std::max(rows, kWeightBytes + p.stage_chunks * p.rows * kChunkBytes);
+      const int units =
+          p.rows / 8 / p.split;  // handed over within the block, and received from two warpgroups
+      if (p.kind != Kind::kGated)
+        t_.exchange = std::max(t_.exchange, units * (p.split == kPair ? 3 : 1) * kUnitBytes);
     }
     t_.slot = pad_to(rows, 1024);
     t_.slots = std::min(s_.max_slots, kMaxSlots);
     while (t_.slots > 0 && shared_bytes(t_) > kSharedOfBlock) --t_.slots;
-    require(t_.slots >= kStages, "no room for a head's keys");  // all of a tile of attention at once
+    require(t_.slots > kStages, "no room for a head's keys");  // all of a tile of attention at once
   }
 
   Table& t_;

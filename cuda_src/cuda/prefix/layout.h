@@ -35,8 +35,8 @@ constexpr int kMaxRows = 256;  // of x
 constexpr int kWeightBytes = 2 * 64 * kChunkBytes;  // of a stage: 128 rows of W, or 64 of two chunks
 constexpr int kSpareRows = 128;                     // after an activation: tiles reach past its last row
 constexpr int kUnitBytes = 16 * kGroup;             // what a warpgroup hands over of 8 rows of x
-constexpr int kExchange = 12 * kUnitBytes;          // 3 x 4 units where k is split; attention wants 2 x 5
-constexpr int kStages = 5;                          // of a tile of attention: queries, 2 x keys, 2 x values
+constexpr int kLeastExchange = 10 * kUnitBytes;     // what attention hands over
+constexpr int kStages = 3;  // of a tile of attention: queries, keys and values of either warpgroup
 
 // The tiles that the kernel is made for: rows of x that a block finishes of the hidden state; of a tile of q,
 // k and v; of the gated product; keys of a warpgroup.
@@ -75,6 +75,7 @@ struct Table {
   int phases, ctas, slots, slot;  // slot: bytes of one of the ring's
   int m, rows;                    // of x; padded to 8
   int owned;                      // rows of x that a block finishes of the hidden state
+  int exchange;                   // bytes, of sums that are handed over
   int key_rows;                   // of a warpgroup in attention
   int heads_per_key;
   float scale;         // log2(e) / sqrt(head size)
@@ -184,7 +185,7 @@ VLA_HD int received_at(int units, int group, int unit) { return (units * (1 + gr
 constexpr int kBarriers = 2 * kMaxSlots + 1;
 constexpr int kInverseBytes = 128 * 4, kKeyBlockBytes = kMaxRows * 4;
 inline int shared_bytes(const Table& t) {
-  return t.slots * t.slot + kExchange + kInverseBytes + kKeyBlockBytes + kBarriers * 8;
+  return t.slots * t.slot + t.exchange + kInverseBytes + kKeyBlockBytes + kBarriers * 8;
 }
 
 }  // namespace vla::cuda::prefix
