@@ -168,6 +168,7 @@ class Builder {
     const GatedLinear& gated = op<GatedLinear>("no gated product after attention");
     require(same(gated.x, hidden_) && gated.out_scale == 0.0f && gated.out.dtype == DType::kBF16,
             "a gated product of something else");
+    require(gated.act != Act::kNone, "a gated product without an activation");
     next(t_.phase[t_.phases - 1], gated.norm);
     const int wide = whole(gated.out.cols, "columns of the gated product");
     if (!h_) h_ = activation(gated.out.cols), wide_ = wide;

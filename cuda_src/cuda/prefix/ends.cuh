@@ -2,6 +2,7 @@
 // rotation, and the stores.
 #pragma once
 
+#include "../large/product.cuh"
 #include "block.cuh"
 #include "multiply.cuh"
 
@@ -60,6 +61,19 @@ __device__ __forceinline__ float2 inverse_of(const Block& b, int unit) {
                : "r"(b.inverse + (unit * 8 + threadIdx.x % 4 * 2) * 4)
                : "memory");
   return v;
+}
+
+// x / 2 (1 + tanh(x (linear + cubic x^2))): as of large products.
+struct Activation {
+  float linear, cubic;
+};
+__device__ __forceinline__ Activation activation(int act) {
+  const bool gelu = act == static_cast<int>(Act::kGeluTanh);
+  return {gelu ? 0.7978845608028654f : 0.5f, gelu ? 0.035677408136300125f : 0.0f};
+}
+__device__ __forceinline__ float activate(float x, const Activation& a) {
+  const float h = 0.5f * x;
+  return h + h * tanh_fast(x * (a.linear + a.cubic * x * x));
 }
 
 // Lanes four apart have neighbouring columns of the same two rows, a and b: the even column's gets both of

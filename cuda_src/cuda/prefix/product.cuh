@@ -48,6 +48,13 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
       wgmma_commit();
       rows += 64 * kChunkBytes >> 4, x += N * kChunkBytes >> 4;
     } while (--left > 0);
+    if (!kWide && stage + slots < stages) {  // the slot is waited for: at once
+      wgmma_wait<0>();
+      if (before >= 0) release(b, before, 1);
+      release(b, now.slot, 1);
+      before = -1;
+      continue;
+    }
     wgmma_wait<1>();  // the stage before has been read
     if (before >= 0) release(b, before, 1);
     before = now.slot;
@@ -153,13 +160,14 @@ __device__ __forceinline__ void product_phase(const Table& t, const Block& b, co
     if constexpr (kGated) {
       squares.leave(b, p.mean, p.eps);
       named_barrier(kAll, kConsumers);
-      const int act = head::kept(p.act), c = at.column * 64 + group * 32 + warp * 8 + lane / 4 - odd;
+      const Activation act = activation(head::kept(p.act));
+      const int c = at.column * 64 + group * 32 + warp * 8 + lane / 4 - odd;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         const float2 inverse = inverse_of(b, u);
         const float* z = acc + 4 * u;
-        const uint32_t both = pair_columns(head::quick_act(z[0] * inverse.x, act) * (z[2] * inverse.x),
-                                           head::quick_act(z[1] * inverse.y, act) * (z[3] * inverse.y));
+        const uint32_t both = pair_columns(activate(z[0] * inverse.x, act) * (z[2] * inverse.x),
+                                           activate(z[1] * inverse.y, act) * (z[3] * inverse.y));
         const int its = row + 8 * u + lane % 4 * 2 + odd;
         if (its < t.m) store_pair(p.out, t.rows, its, c, both);
       }
