@@ -21,8 +21,8 @@ using protocol::Wrong;
 
 struct Cta {
   Mbarrier full[kMaxSlots], empty[kMaxSlots], sums;
-  int64_t weights[kMaxSlots], x[kMaxSlots];  // what a slot has, by tag()
-  int received = 0;                          // sums of the other block that are there
+  int64_t weights[kMaxSlots], x[2][kMaxSlots];  // what a slot has, by tag(); x: two halves
+  int received = 0;                             // sums of the other block that are there
   bool reading = false;
   int here = 0, turn = 0;  // warpgroups that have met
 };
@@ -33,7 +33,7 @@ class Play {
     for (Cta& c : ctas_) {
       for (Mbarrier& b : c.full) b.count = b.pending = 2;
       for (Mbarrier& b : c.empty) b.count = b.pending = kConsumers / 32;
-      for (int i = 0; i < kMaxSlots; ++i) c.weights[i] = c.x[i] = -1;
+      for (int i = 0; i < kMaxSlots; ++i) c.weights[i] = c.x[0][i] = c.x[1][i] = -1;
     }
   }
   std::string run() {
@@ -93,27 +93,18 @@ class Play {
     if (!passed(group)) throw Wrong{"a block that is done before the group began"};
     if (done_[cta]++ != group) throw Wrong{"a block that is done twice or out of order"};
   }
-  void skip(int& slot, int& parity, int count) const {
-    for (slot += count; slot >= t_.slots; slot -= t_.slots) parity ^= 1;
-  }
 
   // feed() or load(): the lanes of a batch in any order.
   Agent filler(int cta, bool weights) {
     Cta& me = ctas_[cta];
-    int slot = 0, parity = 0;
+    Ring ring;
     bool busy = false;
     for (int i = 0; i < t_.phases; ++i) {
       const Phase& p = t_.phase[i];
       const auto ready = [&](int s) {
-        int its = slot, its_parity = parity;
-        skip(its, its_parity, s);
-        return me.empty[its].passed(its_parity ^ 1);
+        return me.empty[s % t_.slots].passed(ring.parity(s % t_.slots, s / t_.slots) ^ 1);
       };
-      const auto slot_of = [&](int s) {
-        int its = slot, its_parity = parity;
-        skip(its, its_parity, s);
-        return its;
-      };
+      const auto slot_of = [&](int s) { return s % t_.slots; };
       int tile = first_tile(p, cta), first = 0;
       // the loader has asked for room before the barrier, and copies after it
       if (!weights && tile < tiles_of(p)) {
@@ -128,7 +119,13 @@ class Play {
         co_await Until{[this, &p] { return passed(p.group); }};
       }
       busy |= takes_part(p, cta);
-      for (int s = 0; s < first; ++s) copy(me, i, p, tile, tile_at(p, tile, cta), s, slot_of(s), weights);
+      for (int s = 0; s < first; ++s) {
+        if (shares_x(p, cta)) {
+          copy_both(cta, i, p, tile_at(p, tile, cta), s);
+        } else {
+          copy(me, i, p, tile, tile_at(p, tile, cta), s, slot_of(s), weights);
+        }
+      }
       for (; tile < tiles_of(p); tile += p.ctas, first = 0) {
         const Tile at = tile_at(p, tile, cta);
         const int stages = stages_of(p, at);
@@ -154,7 +151,7 @@ class Play {
             }
           }
         }
-        skip(slot, parity, stages);
+        ring.use(stages, t_.slots);
       }
       const bool last = i + 1 == t_.phases || t_.phase[i + 1].group != p.group;
       if (!weights && last && !busy) report(cta, p.group);
@@ -173,17 +170,35 @@ class Play {
   }
   void copy(Cta& me, int phase, const Phase& p, int tile, const Tile& at, int stage, int slot, bool weights) {
     const int bytes = bytes_of(p, at, stage, weights);
-    late_.push_back([=, &me] {
-      (weights ? me.weights : me.x)[slot] = tag(phase, tile, stage);
+    late_.push_back([=, this, &me] {
+      if (weights) {
+        me.weights[slot] = tag(phase, tile, stage);
+      } else {
+        me.x[0][slot] = me.x[1][slot] = tag(phase, tile, stage);
+      }
       me.full[slot].complete(bytes);
     });
+  }
+  // This block's half of the rows, in both blocks of the pair.
+  void copy_both(int cta, int phase, const Phase& p, const Tile& at, int stage) {
+    const int rank = cta % kPair, rows = rank == 0 ? half_rows(p.rows) : p.rows - half_rows(p.rows);
+    for (const int to : {cta, cta ^ 1}) {
+      const int tile = first_tile(p, to), bytes = chunks_of_stage(p, at, stage) * rows * kChunkBytes;
+      late_.push_back([=, this] {
+        Cta& its = ctas_[to];
+        its.x[rank][stage] = tag(phase, tile, stage);
+        its.full[stage].complete(bytes);
+      });
+    }
   }
 
   Agent consumer(int cta, int group) {
     Cta& me = ctas_[cta];
-    int slot = 0, parity = 0, sums_parity = 0;
+    Ring ring;
+    int sums_parity = 0;
     const auto here = [&](int its, int phase, int tile, int stage) {
-      if (me.weights[its] != tag(phase, tile, stage) || me.x[its] != tag(phase, tile, stage))
+      const int64_t want = tag(phase, tile, stage);
+      if (me.weights[its] != want || me.x[0][its] != want || me.x[1][its] != want)
         throw Wrong{"a slot that has something else, phase " + std::to_string(phase)};
     };
     const auto meet = [&] {
@@ -202,16 +217,15 @@ class Play {
           if (p.kind != Kind::kAttention || s == 0 || s - 1 == group) mine.push_back(s);
         if (p.split == kPair && group == 0) me.sums.expect(2);
         for (const int s : mine) {
-          int its = slot, its_parity = parity;
-          skip(its, its_parity, s);
-          co_await wait(me.full[its], its_parity);
+          const int its = s % t_.slots;
+          co_await wait(me.full[its], ring.parity(its, s / t_.slots));
           here(its, i, tile, s);
           co_await Until{[] { return true; }};  // the products take their time
           here(its, i, tile, s);
           const bool both = p.kind != Kind::kAttention || s == 0;
           for (int n = 0; n < (both ? 4 : 8); ++n) me.empty[its].arrive();
         }
-        skip(slot, parity, stages);
+        ring.use(stages, t_.slots);
         if (p.split == kPair) {
           Cta& other = ctas_[cta ^ 1];
           late_.push_back([&other] {

@@ -36,17 +36,15 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
                      : t.q_block != nullptr ? __ldg(t.q_block + r * t.ld_q_block)
                                             : INT_MAX - 1;
     }
-    Slot queries = state.at, keys = state.at;
-    keys.skip(1 + group, t.slots);
-    state.at.skip(kStages, t.slots);
-    const auto low = [&](const Slot& s) { return head::tile_low(b.ring + s.slot * t.slot); };
-    head::wait_on(b.full(queries.slot), queries.parity, w, kForStage, queries.slot);
-    head::wait_on(b.full(keys.slot), keys.parity, w, kForStage, keys.slot);
+    const int keys = 1 + group;  // their slot; the queries' is 0
+    head::wait_on(b.full(0), state.ring.parity(0, 0), w, kForStage, 0);
+    head::wait_on(b.full(keys), state.ring.parity(keys, 0), w, kForStage, keys);
+    state.ring.use(kStages, t.slots);
     stamp(t, index, 1);
     float s[NK / 2];
 #pragma unroll
     for (int i = 0; i < NK / 2; ++i) s[i] = 0.0f;
-    const uint32_t q = low(queries), k = low(keys);
+    const uint32_t q = head::tile_low(b.ring), k = head::tile_low(b.ring + keys * t.slot);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kHead / 16; ++kk)
@@ -55,7 +53,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < NK / 2; ++i) asm volatile("" : "+f"(s[i])::"memory");  // read no earlier
-    release(b, queries.slot, 1);
+    release(b, 0, 1);
 
     float top[2], total[2];
     const int* its = key_blocks + group * NK + lane % 4 * 2;
@@ -94,7 +92,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     float acc[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[i] = 0.0f;
-    const uint32_t v = b.ring + keys.slot * t.slot + NK * kChunkBytes;
+    const uint32_t v = b.ring + keys * t.slot + NK * kChunkBytes;
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < NK / 16; ++kk)
@@ -103,7 +101,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-    release(b, keys.slot, 2);
+    release(b, keys, 2);
     stamp(t, index, 2);
 
     // four units of 8 columns to the other warpgroup, and a fifth of statistics

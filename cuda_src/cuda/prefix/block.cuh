@@ -11,7 +11,6 @@
 
 namespace vla::cuda::prefix {
 
-using head::Slot;
 using head::Watch;
 
 constexpr int kReleases = kConsumers / 32;  // of a slot: 1 a warp; 2 where one warpgroup only knows of it
@@ -109,8 +108,7 @@ __device__ __forceinline__ void copy(const Table& t, const Block& b, const Job& 
 // A lane for each of a tile's stages: this one's slot and what goes there. Stages [first, first + slots) may
 // be asked for when those before them have been: parities know no more.
 struct Lane {
-  Slot at;
-  int stages;
+  int slot, parity, stages;
   Job job;
   // Has `then` done when the stage's slot has room.
   template <typename Then>
@@ -122,31 +120,33 @@ struct Lane {
     int64_t since = 0;
 #pragma unroll 1
     while (__any_sync(0xffffffffu, left)) {
-      if (left && (w.over || head::try_wait(b.empty(at.slot), at.parity ^ 1))) {
+      if (left && (w.over || head::try_wait(b.empty(slot), parity ^ 1))) {
         then();
         left = false;
       } else if (left) {
-        head::enough(w, tries, since, kForRoom, at.slot, 0);
+        head::enough(w, tries, since, kForRoom, slot, 0);
       }
     }
   }
   __device__ __forceinline__ void batches(const Table& t, const Block& b, int first, Watch& w) const {
 #pragma unroll 1
     for (; first < stages; first += t.slots) {
-      batch(t, b, first, w, [&] { expect(b, job, at.slot), copy(t, b, job, at.slot); });
+      batch(t, b, first, w, [&] { expect(b, job, slot), copy(t, b, job, slot); });
     }
   }
 };
-__device__ __forceinline__ Lane lane_of(const Table& t, const Phase& p, const Tile& at, const Slot& begin) {
-  Lane l{begin, stages_of(p, at), {}};
-  l.at.skip(threadIdx.x % 32, t.slots);
+// The lane's part of a tile; the ring moves on.
+__device__ __forceinline__ Lane lane_of(const Table& t, const Phase& p, const Tile& at, Ring& ring) {
+  const int lane = threadIdx.x % 32, slot = lane % t.slots, stages = stages_of(p, at);
+  const Lane l{slot, ring.parity(slot, lane / t.slots), stages, {}};
+  ring.use(stages, t.slots);
   return l;
 }
 
 // A warp: this block's weights.
 __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
-  Slot begin;
+  Ring ring;
 #pragma unroll 1
   for (int i = 0; i < t.phases; ++i) {
     const Phase& p = t.phase[i];
@@ -154,14 +154,12 @@ __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
 #pragma unroll 1
     for (int tile = first_tile(p, b.cta); tile < tiles_of(p); tile += p.ctas) {
       const Tile at = tile_at(p, tile, b.cta);
-      Lane l = lane_of(t, p, at, begin);
+      Lane l = lane_of(t, p, at, ring);
       l.job = weights_job(p, at, lane);
       // what has no room yet comes as far as the second-level cache: once for all rows
-      if (lane >= t.slots && lane < l.stages && l.job.copies > 0 &&
-          tile / p.column_tiles == lane % p.row_tiles)
+      if (lane >= t.slots && lane < l.stages && l.job.copies > 0 && at.row / p.rows == lane % p.row_tiles)
         prefetch(l.job.from, l.job.bytes);
       l.batches(t, b, 0, w);
-      begin.skip(l.stages, t.slots);
     }
   }
 }
@@ -170,7 +168,7 @@ __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
 // that can be done before is: what is asked for, and the room for it.
 __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
-  Slot begin;
+  Ring ring;
   bool busy = false;  // in a phase of this group
 #pragma unroll 1
   for (int i = 0; i < t.phases; ++i) {
@@ -178,30 +176,44 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
     w.phase = i;
     const int first = first_tile(p, b.cta), tiles = tiles_of(p), group = p.group;
     Lane l{};
+    bool shared = false;
+    int offset = 0, bytes = 0;  // of the rows that this block has copied for both
     if (first < tiles) {
       const Tile at = tile_at(p, first, b.cta);
-      l = lane_of(t, p, at, begin);
+      l = lane_of(t, p, at, ring);
       l.job = x_job(t, p, at, lane);
-      l.batch(t, b, 0, w, [&] { expect(b, l.job, l.at.slot); });
+      l.batch(t, b, 0, w, [&] { expect(b, l.job, l.slot); });
+      shared = shares_x(p, b.cta);
+      const int half = half_rows(p.rows) * kChunkBytes;
+      offset = b.rank * half, bytes = b.rank == 0 ? half : l.job.bytes - half;
     }
     if (i == 0 || t.phase[i - 1].group != group) {
       head::wait_for_count(t.counter, static_cast<unsigned>(group) * t.ctas, w);
       __syncwarp();
       busy = false;
     }
-    if (lane < min(t.slots, l.stages)) copy(t, b, l.job, l.at.slot);
+    if (lane < min(t.slots, l.stages)) {
+      // (the other block is done with all before, so its slots are free, and its barriers wait for this)
+      if (shared) {
+        const uint32_t to = b.ring + l.slot * t.slot + l.job.at + offset;
+#pragma unroll 1
+        for (int c = 0; c < l.job.copies; ++c)
+          head::copy_to_all(to + c * l.job.bytes, l.job.from + c * l.job.step + offset, bytes, b.full(l.slot),
+                            3);
+      } else {
+        copy(t, b, l.job, l.slot);
+      }
+    }
     __syncwarp();
     if (t.stamps && b.cta == 0 && lane == 0) t.stamps[i * 4] = clock64();
     busy = busy || first < tiles;
     l.batches(t, b, t.slots, w);
-    begin.skip(l.stages, t.slots);
 #pragma unroll 1
     for (int tile = first + p.ctas; tile < tiles; tile += p.ctas) {
       const Tile at = tile_at(p, tile, b.cta);
-      l = lane_of(t, p, at, begin);
+      l = lane_of(t, p, at, ring);
       l.job = x_job(t, p, at, lane);
       l.batches(t, b, 0, w);
-      begin.skip(l.stages, t.slots);
     }
     const bool last = i + 1 == t.phases || t.phase[i + 1].group != group;
     if (last && !busy && lane == 0) head::add_done(t.counter);
@@ -210,7 +222,7 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
 
 // What the consumers carry from phase to phase.
 struct Carried {
-  Slot at;  // of the next tile's first stage
+  Ring ring;
   int sums_parity = 0;
   float state[2][4] = {};  // the hidden state: units that this thread finishes, see exchange()
 };

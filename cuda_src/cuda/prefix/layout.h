@@ -139,6 +139,25 @@ VLA_HD int chunks_of_stage(const Phase& p, const Tile& t, int stage) {
   const int left = t.chunks() - stage * p.stage_chunks;
   return left < p.stage_chunks ? left : p.stage_chunks;
 }
+// Where the ring stands: every tile begins with slot 0, so that the blocks of a pair agree on the slots; a
+// bit for each says which parity its next use has.
+struct Ring {
+  unsigned parities = 0;
+  VLA_HD int parity(int slot, int turn) const { return static_cast<int>(parities >> slot & 1) ^ (turn & 1); }
+  VLA_HD void use(int stages, int slots) {
+    if (stages / slots % 2) parities ^= (1u << slots) - 1;
+    parities ^= (1u << stages % slots) - 1;
+  }
+};
+// Whether both blocks of a pair have the same rows of x in their first tiles: then either has half of them
+// copied, for both, into the stages that have a slot from the start.
+VLA_HD bool shares_x(const Phase& p, int cta) {
+  const int mine = first_tile(p, cta), other = first_tile(p, cta ^ 1);
+  return is_product(p) && p.split == 1 && mine < tiles_of(p) && other < tiles_of(p) &&
+         tile_at(p, mine, cta).row == tile_at(p, other, cta ^ 1).row;
+}
+VLA_HD int half_rows(int rows) { return pad_to(rows / 2, 8); }  // that the first block has copied
+
 // Elements of W before a stage's.
 VLA_HD int64_t weights_at(const Phase& p, const Tile& t, int stage) {
   return (static_cast<int64_t>(t.column) * p.chunks + t.first + stage * p.stage_chunks) * tile_rows(p) *

@@ -12,32 +12,36 @@
 namespace vla::cuda::prefix {
 
 // acc (64 rows of W, N rows of x) += W x^T over a tile's chunks: every other stage, or all of them where
-// kWide, when either warpgroup has its own 64 rows of W. `at`: of the tile's first stage.
+// kWide, when either warpgroup has its own 64 rows of W.
 //
 // Either warpgroup waits for all stages and releases all, also those that it makes nothing of: a barrier
 // knows the parity of its phase only, and where the slots are odd in number the next stage in a slot is the
 // other's.
 template <int N, bool kWide>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, const Block& b, int chunks,
-                                         int per_stage, Slot at, int group, Watch& w) {
+                                         int per_stage, Ring& ring_state, int group, Watch& w) {
   const int slots = head::kept(t.slots), bytes = head::kept(t.slot >> 4),
             stages = divide_up(chunks, per_stage);
   const uint32_t ring = head::kept(head::tile_low(b.ring));
   const int own = kWide ? group * (64 * kChunkBytes >> 4) : 0;  // this warpgroup's rows
   int before = -1;
-  bool there = stages > 0 && head::try_wait(b.full(at.slot), at.parity);
+  unsigned parities = ring_state.parities;
+  ring_state.use(stages, slots);
+  int slot = 0;
+  bool there = stages > 0 && head::try_wait(b.full(0), parities & 1);
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const Slot now = at;
-    at.skip(1, slots);
-    if (!there) head::wait_on(b.full(now.slot), now.parity, w, kForStage, now.slot);
+    const int now = slot;
+    if (!there) head::wait_on(b.full(now), parities >> now & 1, w, kForStage, now);
+    parities ^= 1u << now;
+    if (++slot == slots) slot = 0;
     // asked now, used after this stage's products are on their way
-    there = stage + 1 < stages && head::try_wait(b.full(at.slot), at.parity);
+    there = stage + 1 < stages && head::try_wait(b.full(slot), parities >> slot & 1);
     if (!kWide && stage % 2 != group) {
-      release(b, now.slot, 1);
+      release(b, now, 1);
       continue;
     }
-    uint32_t rows = ring + now.slot * bytes + own, x = ring + now.slot * bytes + (kWeightBytes >> 4);
+    uint32_t rows = ring + now * bytes + own, x = ring + now * bytes + (kWeightBytes >> 4);
     int left = min(per_stage, chunks - stage * per_stage);
 #pragma unroll 1
     do {
@@ -51,13 +55,13 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
     if (!kWide && stage + slots < stages) {  // the slot is waited for: at once
       wgmma_wait<0>();
       if (before >= 0) release(b, before, 1);
-      release(b, now.slot, 1);
+      release(b, now, 1);
       before = -1;
       continue;
     }
     wgmma_wait<1>();  // the stage before has been read
     if (before >= 0) release(b, before, 1);
-    before = now.slot;
+    before = now;
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -147,15 +151,14 @@ __device__ __forceinline__ void product_phase(const Table& t, const Block& b, co
     [[maybe_unused]] Squares<N> squares;
     if constexpr (kNormed) {
       // (that x has come says that all blocks are done with the groups before)
-      head::wait_on(b.full(state.at.slot), state.at.parity, w, kForStage, state.at.slot);
+      head::wait_on(b.full(0), state.ring.parities & 1, w, kForStage, 0);
       squares.ask(t, at.row);
     }
     stamp(t, index, 1);
     float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-    multiply<N, kGated>(acc, t, b, head::kept(at.chunks()), head::kept(p.stage_chunks), state.at, group, w);
-    state.at.skip(stages_of(p, at), t.slots);
+    multiply<N, kGated>(acc, t, b, head::kept(at.chunks()), head::kept(p.stage_chunks), state.ring, group, w);
     stamp(t, index, 2);
     if constexpr (kGated) {
       squares.leave(b, p.mean, p.eps);
