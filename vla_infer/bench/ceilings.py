@@ -6,6 +6,7 @@ sizes that suit both. It is what a program reached, not what the processor's dat
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 import time
@@ -56,6 +57,7 @@ def measure_ceilings(precision: str, *, device: str, threads: int) -> Ceilings:
     return Ceilings(reached[where], 2.0 * COPIED / fastest(copying(threads)), where)
 
 
+@functools.cache  # a second setup in the same process need not wait for it
 def _of_gpu(precision: str, device: str) -> Ceilings:
     """Of the device "cuda"; the engine's product in `precision`, PyTorch's in bfloat16."""
     reached: dict[str, float] = {}
