@@ -21,6 +21,9 @@ int main(int argc, char** argv) {
       {"tiny, 64 rows", 2, 72, 200, 4, 2, 128, 9, 64, 1, false, false, true},
       {"tiny, a state", 2, 96, 136, 4, 1, 64, 40, 18, 3, false, false, true, 1},
       {"tiny, three rows before", 2, 80, 72, 3, 1, 64, 33, 51, 2, false, false, false, 3},
+      {"tiny, heads stacked", 1, 128, 64, 8, 1, 256, 40, 17, 2, true, false, false},
+      {"tiny, two stacks, cross", 2, 72, 64, 10, 2, 128, 27, 20, 2, false, true, false},
+      {"tiny, 256 columns", 1, 64, 40, 8, 1, 256, 70, 64, 1, false, false, true},
       {"one layer of SmolVLA", 2, 720, 2048, 15, 5, 64, 177, 50, 1, false, true, true},
       {"one layer of pi0.5", 1, 1024, 4096, 8, 1, 256, 560, 50, 1, true, false, false},
   };
@@ -53,9 +56,10 @@ int main(int argc, char** argv) {
       {"pi0.5 H=10", 18, 1024, 4096, 8, 1, 256, 560, 10, 10, true, false, false},
       {"pi0", 18, 1024, 4096, 8, 1, 256, 560, 51, 10, false, false, true, 1},
       {"pi0.5, 3 cameras", 18, 1024, 4096, 8, 1, 256, 816, 50, 10, true, false, false},
+      {"pi0, 64 rows", 18, 1024, 4096, 8, 1, 256, 561, 64, 10, false, false, true},
   };
   for (Sizes s : real) {
-    if (quick && (s.m == 10 || s.prefix > 560)) continue;
+    if (quick && (s.m == 10 || s.m == 64 || s.prefix > 560)) continue;
     // the protocol needs the shape of the table only: two layers stand for all, in more steps
     s.layers = 2, s.steps = 30;
     Head head(s);

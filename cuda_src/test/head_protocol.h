@@ -204,19 +204,20 @@ class Play {
 
   Agent loader(int cta) {
     Cta& me = ctas_[cta];
-    const int C = kCluster, rank = cta % C, first = cta - rank, R = t_.rows, pieces = pieces_of(R);
+    const int C = kCluster, rank = cta % C, first = cta - rank, R = t_.rows;
     int free_parity = 0;
     for (int step = 0; step < t_.steps; ++step)
       for (int i = 0; i < t_.phases; ++i) {
         const int g = 1 + step * t_.phases + i;
         const Phase& p = t_.phase[i];
         const bool busy = is_busy(p, cta, R);
-        const auto spread = [&](int to, int chunks, bool one) {
+        const auto spread = [&](int to, int chunks, int rows, bool one) {
+          const int pieces = pieces_of(rows);
           for (int n = rank; n < chunks * pieces; n += C) {
             const int c = n / pieces, part = n % pieces,
-                      at = to + (c * R + piece_first(R, part)) * kChunkBytes;
+                      at = to + (c * rows + piece_first(rows, part)) * kChunkBytes;
             for (int k = first; k < first + C; ++k)
-              send(k, at, piece_rows(R, part) * kChunkBytes, tag(g, one ? 500 : c),
+              send(k, at, piece_rows(rows, part) * kChunkBytes, tag(g, one ? 500 : c),
                    one ? ctas_[k].keys[1] : ctas_[k].x_full);
           }
         };
@@ -234,8 +235,9 @@ class Play {
           }
           co_await until([this, g] { return passed(g); });
           if (busy) {
-            me.keys[1].expect(copied * a.fresh_rows * kChunkBytes + p.chunks * R * kChunkBytes);
-            spread(queries_at(p), p.chunks, true);
+            const int rows = p.stack.rows;
+            me.keys[1].expect(copied * a.fresh_rows * kChunkBytes + p.chunks * rows * kChunkBytes);
+            spread(queries_at(p), p.chunks, rows, true);
             for (int c = 0; c < copied && a.fresh_rows; ++c)
               send(cta, c * each + a.prefix_rows * kChunkBytes, a.fresh_rows * kChunkBytes, tag(g, 401),
                    me.keys[1]);
@@ -245,7 +247,7 @@ class Play {
           const int slots = arriving(p, cta);
           if (slots > 0) me.x_full.expect(slots * R * kChunkBytes);
           if (slots > 0 && is_spread(p)) {
-            spread(0, slots, false);
+            spread(0, slots, R, false);
           } else {
             for (int c = 0; c < slots; ++c)
               send(cta, c * R * kChunkBytes, R * kChunkBytes, tag(g, c), me.x_full);
@@ -284,8 +286,8 @@ class Play {
       for (s += count; s >= t_.slots; s -= t_.slots) its ^= 1;
     };
     if (group == 0) report(cta, 0);
-    const auto receive = [&](int g, int at, int64_t bytes, int which) {  // what this group sends
-      for (int owner = 0; owner * 8 < R; ++owner) {
+    const auto receive = [&](int g, int at, int rows, int64_t bytes, int which) {  // what this group sends
+      for (int owner = 0; owner * 8 < rows; ++owner) {
         // (cells are coarser than what is sent: the sources share them, the tag is the phase's)
         send(first + owner, at / 1024 * 1024, 1, tag(g, 900 + which), ctas_[first + owner].sums[which]);
         late_.back().bytes = bytes;
@@ -299,11 +301,13 @@ class Play {
         if (!is_busy(p, cta, R)) continue;
         const bool owner = owns(R, rank);
         if (p.kind == Kind::kAttention) {
+          if (group > 0) continue;
           const AttentionPart& a = p.attention;
-          if (group >= a.columns) continue;
-          const int octets = a.columns > 2 ? 16 : 8, groups = std::min(a.columns, 2);
-          const int exchange = t_.x_bytes + group * kReceive;
-          if (owner) me.sums[group].expect(C * 8 * (octets * 16 + 8));
+          const HeadTask task = head_task(p, t_.m, cta / C);
+          const int bytes = 8 * (a.columns * kChunk * 2 + 8);  // from each block to each owner
+          const int rows = p.stack.rows, exchange = t_.x_bytes;
+          const bool its = owns(task.rows, rank);
+          if (its) me.sums[0].expect(C * bytes);
           co_await wait(me.keys[0], keys_parity);
           co_await wait(me.keys[1], keys_parity);
           keys_parity ^= 1;
@@ -313,23 +317,22 @@ class Play {
             begin_read(cta, c * each, old, tag(g, 400));
             if (fresh) begin_read(cta, c * each + old, fresh, tag(g, 401));
           }
-          begin_read(cta, queries_at(p), p.chunks * R * kChunkBytes, tag(g, 500));
+          begin_read(cta, queries_at(p), p.chunks * rows * kChunkBytes, tag(g, 500));
           co_await until([] { return true; });
           for (int c = 0; c < p.chunks + a.columns; ++c) {
             end_read(cta, c * each, old);
             if (fresh) end_read(cta, c * each + old, fresh);
           }
-          end_read(cta, queries_at(p), p.chunks * R * kChunkBytes);
-          receive(g, exchange, 8 * (octets * 16 + 8), group);
-          if (owner) {
-            co_await wait(me.sums[group], sums_parity);
+          end_read(cta, queries_at(p), p.chunks * rows * kChunkBytes);
+          receive(g, exchange, task.rows, bytes, 0);
+          if (its) {
+            co_await wait(me.sums[0], sums_parity);
             sums_parity ^= 1;
-            begin_read(cta, exchange / 1024 * 1024, 1, tag(g, 900 + group));
+            begin_read(cta, exchange / 1024 * 1024, 1, tag(g, 900));
             co_await until([] { return true; });
             end_read(cta, exchange / 1024 * 1024, 1);
           }
-          co_await meet(cta, groups);
-          if (group == 0) report(cta, g);
+          report(cta, g);
           continue;
         }
         const Share s = share_of(p, cta);
@@ -372,7 +375,7 @@ class Play {
           co_await until([] { return true; });
           end_read(cta, t_.x_bytes, bytes);
         }
-        if (s.count() > 0 && is_split(p) && group == 0) receive(g, receive_at(t_), 8 * p.tile_rows * 4, 2);
+        if (s.count() > 0 && is_split(p) && group == 0) receive(g, receive_at(t_), R, 8 * p.tile_rows * 4, 2);
         if (is_split(p) && owner) {
           co_await wait(me.sums[2], split_parity);
           split_parity ^= 1;

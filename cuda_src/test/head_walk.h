@@ -116,8 +116,11 @@ inline void Head::walk() {
                     low = first * cosine - second * sine, high = second * cosine + first * sine;
                   }
                   if (o.part == 0) {
-                    p.out[act_index(R, r, o.first + c)] = to_bits(float(low));
-                    p.out[act_index(R, r, o.second + c)] = to_bits(float(high));
+                    const QueryRow q = query_row(p, t.m, r, o.first / p.head_dim);
+                    const auto place = [&](int column) -> Bits& {
+                      return p.out[q.before + act_index(p.stack.rows, q.row, column % p.head_dim)];
+                    };
+                    place(o.first + c) = to_bits(float(low)), place(o.second + c) = to_bits(float(high));
                   } else {
                     Bits* to = o.part == 1 ? p.qkv.fresh_k : p.qkv.fresh_v;
                     to[fresh_index(p, r, o.first + c)] = to_bits(float(low));
@@ -182,75 +185,73 @@ inline void Head::walk() {
         const AttentionPart& a = p.attention;
         const int keys = key_rows(a);
         for (int cluster = 0; cluster < p.tiles; ++cluster) {
-          const HeadTask task = head_task(p, cluster);
-          const int kv = task.head / a.heads_per_key;
-          const int passes = a.columns > 2 ? 2 : 1, octets = 8 * passes;
-          for (int group = 0; group < std::min(a.columns, 2); ++group) {
-            Received received(C, std::vector<float>(kReceive / 4, NAN));
-            const auto halves = [&](int owner, int source, int row, int octet) {
-              return reinterpret_cast<Bits*>(received[owner].data()) +
-                     receive_octet(source, row, octet, octets) / 2;
+          const HeadTask task = head_task(p, t.m, cluster);
+          const int octets = 8 * a.columns, columns = a.columns * kChunk;
+          const Bits* queries = p.x + int64_t(task.tile) * p.chunks * p.stack.rows * kChunk;
+          Received received(C, std::vector<float>(kExchange / 4, NAN));
+          const auto halves = [&](int owner, int source, int row, int octet) {
+            return reinterpret_cast<Bits*>(received[owner].data()) +
+                   receive_octet(source, row, octet, octets) / 2;
+          };
+          for (int rank = 0; rank < C; ++rank) {
+            const auto row_of = [&](bool key, int c,
+                                    int j) {  // (chunk of 64 columns, row) as it lies in shared memory
+              const bool old = j < a.prefix_rows;
+              const int rows = old ? a.prefix_rows : a.fresh_rows;
+              const Bits* from = old ? (key ? a.packed_k : a.packed_v) : (key ? a.fresh_k : a.fresh_v);
+              return from + ((int64_t(task.key_head) * C + rank) * p.chunks + c) * rows * kChunk +
+                     (old ? j : j - a.prefix_rows) * kChunk;
             };
-            for (int rank = 0; rank < C; ++rank) {
-              const auto row_of = [&](bool key, int c,
-                                      int j) {  // (chunk of 64 columns, row) as it lies in shared memory
-                const bool old = j < a.prefix_rows;
-                const int rows = old ? a.prefix_rows : a.fresh_rows;
-                const Bits* from = old ? (key ? a.packed_k : a.packed_v) : (key ? a.fresh_k : a.fresh_v);
-                return from + ((int64_t(kv) * C + rank) * p.chunks + c) * rows * kChunk +
-                       (old ? j : j - a.prefix_rows) * kChunk;
-              };
-              for (int row = 0; row < t.m; ++row) {
-                std::vector<double> score(keys);
-                double high = -INFINITY, total = 0.0;
-                for (int j = 0; j < keys; ++j) {
-                  const int key = key_of(a, rank, j);
-                  const bool seen = key >= 0 && (!a.k_block || a.k_block[int64_t(key) * a.ld_k_block] <=
-                                                                   a.q_block[int64_t(row) * a.ld_q_block]);
-                  double sum = 0.0;
-                  for (int c = 0; seen && c < p.chunks; ++c)
-                    for (int e = 0; e < kChunk; ++e) {
-                      const Bits* k = row_of(true, c, j);
-                      sum += number[at(p.x + int64_t(task.head * p.chunks + c) * R * kChunk, row, e)] *
-                             number[k[((e / 8) ^ (j & 7)) * 8 + e % 8]];
-                    }
-                  score[j] = seen ? sum * p.scale : -INFINITY;
-                  high = std::max(high, score[j]);
-                }
-                std::vector<double> acc(64 * passes, 0.0);
-                for (int j = 0; j < keys; ++j) {
-                  const double weight = high == -INFINITY ? 0.0 : std::exp2(score[j] - high);
-                  total += weight;
-                  for (int e = 0; weight > 0.0 && e < 64 * passes; ++e) {
-                    const Bits* v = row_of(false, task.column + group * passes + e / 64, j);
-                    acc[e] += weight * number[v[((e % 64 / 8) ^ (j & 7)) * 8 + e % 8]];
-                  }
-                }
-                const int owner = row / 8, local = row % 8;
-                received[owner][receive_stats(rank, local) / 4] = float(high);
-                received[owner][receive_stats(rank, local) / 4 + 1] = float(total);
-                for (int e = 0; e < 64 * passes; ++e)
-                  halves(owner, rank, local, e / 8)[e % 8] =
-                      to_bits(float(total > 0.0 ? acc[e] / total : 0.0));
-              }
-            }
-            for (int row = 0; row < t.m; ++row) {
-              const int rank = row / 8, local = row % 8;
+            for (int row = 0; row < task.rows; ++row) {
+              const int its_row = head_row(task, t.m, row).row;
+              std::vector<double> score(keys);
               double high = -INFINITY, total = 0.0;
-              std::vector<double> y(64 * passes, 0.0);
-              for (int k = 0; k < C; ++k)
-                high = std::max(high, double(received[rank][receive_stats(k, local) / 4]));
-              for (int k = 0; k < C; ++k) {
-                const float* stats = &received[rank][receive_stats(k, local) / 4];
-                const double share = stats[0] == -INFINITY ? 0.0 : std::exp2(stats[0] - high) * stats[1];
-                total += share;
-                for (int e = 0; e < 64 * passes; ++e)
-                  y[e] += share * number[halves(rank, k, local, e / 8)[e % 8]];
+              for (int j = 0; j < keys; ++j) {
+                const int key = key_of(a, rank, j);
+                const bool seen = key >= 0 && (!a.k_block || a.k_block[int64_t(key) * a.ld_k_block] <=
+                                                                 a.q_block[int64_t(its_row) * a.ld_q_block]);
+                double sum = 0.0;
+                for (int c = 0; seen && c < p.chunks; ++c)
+                  for (int e = 0; e < kChunk; ++e) {
+                    const Bits* k = row_of(true, c, j);
+                    sum += number[at(queries + int64_t(c) * p.stack.rows * kChunk, row, e)] *
+                           number[k[((e / 8) ^ (j & 7)) * 8 + e % 8]];
+                  }
+                score[j] = seen ? sum * p.scale : -INFINITY;
+                high = std::max(high, score[j]);
               }
-              const int column = task.head * p.head_dim + (task.column + group * passes) * kChunk;
-              for (int e = 0; e < 64 * passes; ++e)
-                p.out[act_index(R, row, column + e)] = to_bits(float(total > 0.0 ? y[e] / total : 0.0));
+              std::vector<double> acc(columns, 0.0);
+              for (int j = 0; j < keys; ++j) {
+                const double weight = high == -INFINITY ? 0.0 : std::exp2(score[j] - high);
+                total += weight;
+                for (int e = 0; weight > 0.0 && e < columns; ++e) {
+                  const Bits* v = row_of(false, task.column + e / 64, j);
+                  acc[e] += weight * number[v[((e % 64 / 8) ^ (j & 7)) * 8 + e % 8]];
+                }
+              }
+              const int owner = row / 8, local = row % 8;
+              received[owner][receive_stats(rank, local) / 4] = float(high);
+              received[owner][receive_stats(rank, local) / 4 + 1] = float(total);
+              for (int e = 0; e < columns; ++e)
+                halves(owner, rank, local, e / 8)[e % 8] = to_bits(float(total > 0.0 ? acc[e] / total : 0.0));
             }
+          }
+          for (int row = 0; row < task.rows; ++row) {
+            const int rank = row / 8, local = row % 8;
+            double high = -INFINITY, total = 0.0;
+            std::vector<double> y(columns, 0.0);
+            for (int k = 0; k < C; ++k)
+              high = std::max(high, double(received[rank][receive_stats(k, local) / 4]));
+            for (int k = 0; k < C; ++k) {
+              const float* stats = &received[rank][receive_stats(k, local) / 4];
+              const double share = stats[0] == -INFINITY ? 0.0 : std::exp2(stats[0] - high) * stats[1];
+              total += share;
+              for (int e = 0; e < columns; ++e) y[e] += share * number[halves(rank, k, local, e / 8)[e % 8]];
+            }
+            const HeadRow to = head_row(task, t.m, row);
+            for (int e = 0; e < columns; ++e)
+              p.out[act_index(R, to.row, to.head * p.head_dim + task.column * kChunk + e)] =
+                  to_bits(float(total > 0.0 ? y[e] / total : 0.0));
           }
         }
       }

@@ -24,15 +24,13 @@ struct Block {
         rank(blockIdx.x % kCluster),
         cluster_number(blockIdx.x / kCluster) {}
   __device__ __forceinline__ uint32_t exchange() const { return ring - kExchange; }
-  __device__ __forceinline__ uint32_t key_blocks(int group) const {
-    return barriers - kKeyBlocks + group * kMaxKeys * 4;
-  }
+  __device__ __forceinline__ uint32_t key_blocks() const { return barriers - kKeyBlocks; }
   __device__ __forceinline__ uint32_t full(int slot) const { return barriers + 8 * slot; }
   __device__ __forceinline__ uint32_t empty(int slot) const { return barriers + 8 * (kMaxSlots + slot); }
   __device__ __forceinline__ uint32_t x_full() const { return barriers + 8 * (2 * kMaxSlots); }
   __device__ __forceinline__ uint32_t keys(int fresh) const { return x_full() + 8 * (1 + fresh); }
   __device__ __forceinline__ uint32_t free_x() const { return x_full() + 8 * 3; }
-  // of a warpgroup in attention; 2: of both in a split phase
+  // 0: in attention; 2: in a split phase
   __device__ __forceinline__ uint32_t sums(int which) const { return x_full() + 8 * (4 + which); }
 
   __device__ __forceinline__ void init(const Table& t) const {
@@ -119,15 +117,15 @@ __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
 // A warp: waits for the other blocks, then has copied what the phase reads.
 __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
-  const int piece_count = pieces_of(t.rows);
   const bool copies = t.parts & 4;
-  // `chunks` chunks of `from`, this block's share of them to all of the cluster
-  const auto spread = [&](uint32_t to, const Bits* from, int chunks, uint32_t barrier) {
+  // `chunks` chunks of `rows` rows of `from`, this block's share of them to all of the cluster
+  const auto spread = [&](uint32_t to, const Bits* from, int chunks, int rows, uint32_t barrier) {
+    const int piece_count = pieces_of(rows);
 #pragma unroll 1
     for (int i = b.rank + kCluster * lane; i < chunks * piece_count; i += kCluster * 32) {
-      const int c = i / piece_count, part = i % piece_count, row = c * t.rows + piece_first(t.rows, part);
-      copy_to_all(to + row * kChunkBytes, from + row * kChunk, piece_rows(t.rows, part) * kChunkBytes,
-                  barrier, (1 << kCluster) - 1);
+      const int c = i / piece_count, part = i % piece_count, row = c * rows + piece_first(rows, part);
+      copy_to_all(to + row * kChunkBytes, from + row * kChunk, piece_rows(rows, part) * kChunkBytes, barrier,
+                  (1 << kCluster) - 1);
     }
   };
   int free_parity = 0;
@@ -141,8 +139,8 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
       w.phase = g;
       if (p.kind == Kind::kAttention) {
         const AttentionPart& a = p.attention;
-        const HeadTask task = head_task(p, b.cluster_number);
-        const int kv = task.head / a.heads_per_key, copied = p.chunks + a.columns;
+        const HeadTask task = head_task(p, t.m, b.cluster_number);
+        const int copied = p.chunks + a.columns, queries = p.chunks * p.stack.rows;  // rows of 128 bytes
         const int prefix = a.prefix_rows * kChunkBytes, fresh = a.fresh_rows * kChunkBytes;
         const int each = key_rows(a) * kChunkBytes;
         // keys and values, or the columns of them that the cluster wants, of one kind: a lane copies a chunk
@@ -151,7 +149,7 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
           const bool key = lane < p.chunks;
           const int c = key ? lane : task.column + lane - p.chunks;
           const auto* from = reinterpret_cast<const std::byte*>(key ? k : v) +
-                             (static_cast<int64_t>(kv * kCluster + b.rank) * p.chunks + c) * bytes;
+                             (static_cast<int64_t>(task.key_head * kCluster + b.rank) * p.chunks + c) * bytes;
           bulk_load(b.base + lane * each + at, from, bytes, barrier);
         };
         if (busy && copies) {
@@ -166,10 +164,10 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
         wait_for_blocks(t, g, w);
         __syncwarp();
         if (busy && copies) {
-          if (lane == 0) barrier_expect(b.keys(1), copied * fresh + p.chunks * t.rows * kChunkBytes);
+          if (lane == 0) barrier_expect(b.keys(1), copied * fresh + queries * kChunkBytes);
           __syncwarp();
-          spread(b.base + queries_at(p), p.x + static_cast<int64_t>(task.head) * p.chunks * t.rows * kChunk,
-                 p.chunks, b.keys(1));
+          spread(b.base + queries_at(p), p.x + task.tile * queries * kChunk, p.chunks, p.stack.rows,
+                 b.keys(1));
           copy_keys(a.fresh_k, a.fresh_v, fresh, prefix, b.keys(1));
         }
       } else {
@@ -179,7 +177,7 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
         if (lane == 0 && slots > 0) barrier_expect(b.x_full(), slots * t.rows * kChunkBytes);
         __syncwarp();
         if (slots > 0 && is_spread(p)) {
-          spread(b.base, p.x, slots, b.x_full());
+          spread(b.base, p.x, slots, t.rows, b.x_full());
         } else if (lane < slots) {
           const int c = share_of(p, b.cta).first + lane;
           bulk_load(b.base + lane * t.rows * kChunkBytes, p.x + static_cast<int64_t>(c) * t.rows * kChunk,
@@ -200,7 +198,7 @@ struct Carried {
 };
 
 // The end of a phase: `threads` threads have written what others will read. Named barriers: 1 is the first
-// warpgroup's, 2 and 3 are the warpgroups' own in attention, 4 is that of both.
+// warpgroup's, 2 the same in attention, 4 is that of both.
 __device__ __forceinline__ void finish(const Table& t, unsigned g, int threads) {
   named_barrier(threads == kGroup ? 1 : 4, threads);
   if (threadIdx.x == 0) {

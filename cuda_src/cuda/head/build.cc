@@ -220,7 +220,12 @@ class Builder {
     const auto* a = index_ + 1 < body_.size() ? std::get_if<Attention>(&body_[index_ + 1]) : nullptr;
     require(a && key(a->q) == key(op.q), "queries that the next operation does not read");
     product(p, op.x, op.norm);
-    p.out = writes(op.q);
+    require(op.q.dtype == DType::kBF16 && op.q.rows == t_.m && op.q.step_bytes == 0,
+            "queries of another shape");
+    p.stack = arrange(*a).stack;
+    Bits*& queries = queries_[query_elements(p)];
+    if (!queries) queries = take<Bits>(query_elements(p));
+    p.out = queries;
     QkvPart& q = p.qkv;
     q.units[0] = op.q.cols / 16, q.units[1] = op.k ? op.k.cols / 16 : 0,
     q.units[2] = op.v ? op.v.cols / 16 : 0;
@@ -245,13 +250,38 @@ class Builder {
     p.w = memory_.pack(p, op.w);
   }
 
+  // How the heads are given to the clusters: each by itself, or stacked where a cluster then has fewer
+  // columns of the output (eight heads of 50 rows over one key head are seven tiles of rows). columns 0: in
+  // no way.
+  struct Arrangement {
+    Stack stack;
+    int columns;
+  };
+  Arrangement arrange(const Attention& op) const {
+    const int chunks = op.head_dim / kChunk, heads = op.q.cols / op.head_dim, per_key = op.q.cols / op.k.cols;
+    Arrangement best{{1, 1, t_.rows}, 0};
+    for (const int stacked : {1, per_key}) {
+      const int rows = stacked * t_.m, tiles = divide_up(rows, kQueryRows),
+                parts = heads / stacked * tiles * chunks;
+      int columns = 1;
+      while (columns < kMostColumns && parts > columns * s_.clusters) columns *= 2;
+      if (chunks % columns != 0 || parts > columns * s_.clusters) continue;
+      if (best.columns == 0 || columns < best.columns)
+        best = {{stacked, tiles, std::min(pad_to(rows, 8), kQueryRows)}, columns};
+    }
+    return best;
+  }
+
   void fill(Phase& p, const Attention& op) {
     p.kind = Kind::kAttention, p.n = op.q.cols, p.head_dim = op.head_dim, p.chunks = op.head_dim / kChunk;
     p.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(op.head_dim));
     const auto* qkv = index_ > 0 ? std::get_if<Qkv>(&body_[index_ - 1]) : nullptr;
     require(qkv && key(qkv->q) == key(op.q) && op.batch == 1,
             "attention of queries that are not just projected");
-    p.x = reads(op.q), p.out = writes(op.out);
+    const Arrangement arrangement = arrange(op);
+    require(arrangement.columns > 0, "more heads than clusters");
+    p.stack = arrangement.stack;
+    p.x = t_.phase[index_ - 1].out, p.out = writes(op.out);
     AttentionPart& a = p.attention;
     for (const View* v : {&op.k, &op.v}) {
       require(v->dtype == DType::kBF16 && v->step_bytes == 0 && v->ld % 8 == 0 &&
@@ -276,8 +306,8 @@ class Builder {
       a.ld_q_block = static_cast<int>(op.q_block.ld), a.ld_k_block = static_cast<int>(op.k_block.ld);
     }
     a.kv_heads = op.k.cols / op.head_dim;
-    const int heads = op.q.cols / op.head_dim;
-    a.heads_per_key = heads / a.kv_heads;
+    const int stacks = op.q.cols / op.head_dim / p.stack.heads;
+    a.stacks_per_key = stacks / a.kv_heads;
     a.prefix_rows = pad_to(divide_up(a.prefix, kCluster), 8);
     require(key_rows(a) <= kMaxKeys, "more keys than a block has room for");
     for (int i = 0;; ++i) {
@@ -286,17 +316,10 @@ class Builder {
       a.prefix_rows = rows - a.fresh_rows;
       break;
     }
-    a.columns = 1;
-    while (a.columns < 4 && heads * p.chunks > a.columns * s_.clusters) a.columns *= 2;
-    require(p.chunks % a.columns == 0, "more heads than clusters");
-    p.tiles = heads * p.chunks / a.columns;
-    require(p.tiles <= s_.clusters, "more heads than clusters");
+    a.columns = arrangement.columns, p.tiles = stacks * p.stack.tiles * p.chunks / a.columns;
     const size_t count = size_t(op.k.cols) * kCluster * a.prefix_rows;
     a.packed_k = take<Bits>(count), a.packed_v = take<Bits>(count);
-    // the second warpgroup counts the attentions that it takes part in: all or none
-    require(columns_ == 0 || columns_ == a.columns, "attention of two widths");
-    columns_ = a.columns;
-    keys_bytes_ = std::max(keys_bytes_, queries_at(p) + p.chunks * t_.rows * kChunkBytes);
+    keys_bytes_ = std::max(keys_bytes_, queries_at(p) + p.chunks * p.stack.rows * kChunkBytes);
   }
 
   void fill(Phase& p, const Euler& op) {
@@ -350,9 +373,10 @@ class Builder {
   View actions_;
   Key stream_{nullptr, 0};
   std::map<Key, Bits*> activations_;
+  std::map<size_t, Bits*> queries_;  // by their number: each is read by the operation after
   std::map<Key, float*> squares_;
   std::map<std::pair<size_t, bool>, Bits*> fresh_;
-  int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0, columns_ = 0;
+  int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0;
   int widest_ = 0;  // bytes of the widest chunk of weights
 };
 

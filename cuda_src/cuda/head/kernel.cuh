@@ -51,12 +51,13 @@ __device__ __forceinline__ void prepare(const Table& t) {
 template <int I>
 __device__ __forceinline__ void attention(int keys, const Table& t, const Block& b, const Phase& p,
                                           unsigned g, Carried& state, Watch& w) {
-  if constexpr (key_rows_made(I) == kMaxKeys) {
-    attention_phase<kMaxKeys>(t, b, p, g, state, w);
-  } else if (keys == key_rows_made(I)) {
-    attention_phase<key_rows_made(I)>(t, b, p, g, state, w);
+  constexpr int NK = key_rows_made(I);
+  if (NK < kMaxKeys && keys != NK) {
+    if constexpr (NK < kMaxKeys) attention<I + 1>(keys, t, b, p, g, state, w);
+  } else if (p.attention.columns == 1) {
+    attention_phase<NK, 1>(t, b, p, g, state, w);
   } else {
-    attention<I + 1>(keys, t, b, p, g, state, w);
+    attention_phase<NK, 2>(t, b, p, g, state, w);
   }
 }
 // The product made for tiles of so many rows of W, from N on.
@@ -88,7 +89,7 @@ __device__ __forceinline__ void consume(const Table& t, const Block& b, Watch& w
       if (!takes_part(t, p, b.cta)) continue;
       w.phase = g;
       if (p.kind == Kind::kAttention) {
-        if (group < p.attention.columns) attention<0>(key_rows(p.attention), t, b, p, g, state, w);
+        if (group == 0) attention<0>(key_rows(p.attention), t, b, p, g, state, w);
       } else if (is_split(p)) {
         if (p.tile_rows == 64) {
           split_phase<64>(t, b, p, step, g, state, w);

@@ -7,6 +7,7 @@
 // 8. So a copy of a chunk is contiguous and needs no tensor map.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -35,12 +36,13 @@ constexpr int kMaxTiles = 16;           // of a split phase, a cluster each
 constexpr int kSquareParts = 32;        // of a row's sum of squares: two a cluster; the others stay zero
 constexpr int kWide = 80;               // columns of a tile at most, of a split phase
 constexpr int kSumBytes = kCluster * 8 * kWide * 4;  // that a block receives in a split phase
-// Bytes that a warpgroup receives in attention: 128 columns of bfloat16, a maximum and a total a row.
-constexpr int kReceive = kCluster * 8 * (128 * 2 + 8);
-constexpr int kExchange = 2 * kReceive;  // or what the warpgroups give each other: a float4 a unit and thread
+constexpr int kMostColumns = 4;  // groups of 64 columns of the output that a cluster has in attention
+// Bytes that a block receives in attention: columns of bfloat16, a maximum and a total a row; or what the
+// warpgroups give each other: a float4 a unit and thread.
+constexpr int kExchange = kCluster * 8 * (kMostColumns * kChunk * 2 + 8);
 static_assert(kExchange >= kConsumers * 16 * kWide / 16, "room for the largest tile");
 
-constexpr int kKeyBlocks = 2 * kMaxKeys * 4;  // bytes of shared memory
+constexpr int kKeyBlocks = kMaxKeys * 4;  // bytes of shared memory
 constexpr int kBarrierCount = 2 * kMaxSlots + 7;
 constexpr int kRest = kKeyBlocks + kBarrierCount * 8;  // bytes after the ring
 
@@ -86,8 +88,8 @@ struct AttentionPart {
   int ld_k, ld_v, ld_q_block, ld_k_block;
   int prefix, fresh;            // keys
   int prefix_rows, fresh_rows;  // of a block, padded: together a multiple of 16; kFreshRows or 0
-  int heads_per_key,
-      columns;  // query heads of a key head; groups of 64 columns of the output a cluster has, 1, 2 or 4
+  int stacks_per_key;           // stacks of query heads of a key head
+  int columns;                  // groups of 64 columns of the output that a cluster has, 1, 2 or 4
   int kv_heads;
 };
 // Rows before Table::first: what they are where the hidden state begins, instead of sums. Null elsewhere.
@@ -103,9 +105,19 @@ struct EulerPart {
   float dt;
 };
 
+// Queries as qkv writes them and attention reads them: the rows of `heads` query heads of one key head, one
+// under another, in tiles of 64: [stack][tile][chunk of the head][rows][128 bytes].
+constexpr int kQueryRows = 64;
+struct Stack {
+  int heads;  // 1: each by itself
+  int tiles;  // of a stack
+  int rows;   // of a tile in memory, padded to 8
+};
+
 // One step of the table. Spread (kQkv, kGated): a block has `tile_rows` rows of W and all of k, x is
 // multicast in the cluster. Split (kLinear, kEuler): a cluster has `tile_rows` rows of W, each block a range
-// of k. Attention: a cluster has a head, each block a range of keys.
+// of k. Attention: a cluster has a tile of queries and some columns of their output, each block a range of
+// keys.
 struct Phase {
   Kind kind;
   int chunks;  // of x; of a head
@@ -114,8 +126,9 @@ struct Phase {
   int head_shift;   // head_dim = 1 << head_shift
   int n;            // columns of y (of h where gated; of a head's row of queries in attention)
   int head_dim;
-  int act;     // vla::Act
-  int normed;  // the sums are scaled by the rows' 1 / rms
+  Stack stack;  // qkv and attention
+  int act;      // vla::Act
+  int normed;   // the sums are scaled by the rows' 1 / rms
   int residual;
   float scale, eps, mean;  // mean: 1 / columns of x before padding
   const Bits* x;
@@ -280,13 +293,43 @@ VLA_HD int key_of(const AttentionPart& a, int rank, int i) {
   const int fresh = rank * a.fresh_rows + i - a.prefix_rows;
   return i < a.prefix_rows + a.fresh_rows && fresh < a.fresh ? a.prefix + fresh : -1;
 }
-// The head and the first group of 64 output columns of a cluster.
-struct HeadTask {
-  int head, column;
+// ---- queries. Row `row` of a head: elements before its tile, and the row of the tile.
+struct QueryRow {
+  unsigned before;
+  int row;
 };
-VLA_HD HeadTask head_task(const Phase& p, int cluster_index) {
-  const int each = p.chunks / p.attention.columns;
-  return {cluster_index / each, cluster_index % each * p.attention.columns};
+VLA_HD QueryRow query_row(const Phase& p, int m, int row, int head) {
+  const unsigned h = head, heads = p.stack.heads, stack = h / heads, stacked = (h - stack * heads) * m + row;
+  const unsigned tile = stack * p.stack.tiles + stacked / kQueryRows;
+  return {tile * p.stack.rows << p.head_shift, static_cast<int>(stacked % kQueryRows)};
+}
+inline size_t query_elements(const Phase& p) {  // of all heads; p: qkv
+  return static_cast<size_t>(p.n >> p.head_shift) / p.stack.heads * p.stack.tiles * p.stack.rows
+         << p.head_shift;
+}
+// What a cluster does in attention: a tile of queries (of all stacks' tiles), the first query head of its
+// stack, their key head, the first row of the stack that the tile has and how many, the first group of 64
+// columns of the output.
+struct HeadTask {
+  int tile, head, key_head, first, rows, column;
+};
+VLA_HD HeadTask head_task(const Phase& p, int m, int cluster_index) {
+  const int each = p.chunks / p.attention.columns, tile = cluster_index / each, stack = tile / p.stack.tiles;
+  const int first = (tile - stack * p.stack.tiles) * kQueryRows, left = p.stack.heads * m - first;
+  return {tile,
+          stack * p.stack.heads,
+          stack / p.attention.stacks_per_key,
+          first,
+          left < kQueryRows ? left : kQueryRows,
+          (cluster_index - tile * each) * p.attention.columns};
+}
+// The head and the loop's row of row `row` of a cluster's tile.
+struct HeadRow {
+  int head, row;
+};
+VLA_HD HeadRow head_row(const HeadTask& task, int m, int row) {
+  const unsigned stacked = task.first + row, head = stacked / m;
+  return {task.head + static_cast<int>(head), static_cast<int>(stacked - head * m)};
 }
 // Shared memory in attention: keys, values, queries.
 VLA_HD int key_rows(const AttentionPart& a) { return a.prefix_rows + a.fresh_rows; }
@@ -321,6 +364,8 @@ VLA_HD int square_part(int thread, int tile) { return thread < kGroup ? tile : k
 VLA_HD int receive_octet(int source, int row, int octet, int octets) {
   return ((source * 8 + row) * octets + (octet ^ row)) * 16;
 }
-VLA_HD int receive_stats(int source, int row) { return kCluster * 8 * 256 + (source * 8 + row) * 8; }
+VLA_HD int receive_stats(int source, int row) {
+  return kCluster * 8 * kMostColumns * kChunk * 2 + (source * 8 + row) * 8;
+}
 
 }  // namespace vla::cuda::head

@@ -50,9 +50,13 @@ __device__ __forceinline__ void read_constants(UnitConstants<U>& k, const Table&
       k.sine[u] = __ldg(reinterpret_cast<const float2*>(rope + p.head_dim / 2 + column));
     }
     if (row >= t.m) continue;
-    if (kKind == Kind::kGated || o.part == 0) {
+    if (kKind == Kind::kGated) {
       k.to[u] = p.out + act_index(t.rows, row, o.first + c);
-      if (kKind == Kind::kQkv) k.to_high[u] = p.out + act_index(t.rows, row, o.second + c);
+    } else if (o.part == 0) {
+      const QueryRow q = query_row(p, t.m, row, o.first >> p.head_shift);
+      const int in_head = (1 << p.head_shift) - 1;
+      k.to[u] = p.out + q.before + act_index(p.stack.rows, q.row, (o.first + c) & in_head),
+      k.to_high[u] = p.out + q.before + act_index(p.stack.rows, q.row, (o.second + c) & in_head);
     } else {
       Bits* base = o.part == 1 ? p.qkv.fresh_k : p.qkv.fresh_v;
       k.to[u] = base + fresh_index(p, row, o.first + c),

@@ -92,7 +92,8 @@ static __device__ __noinline__ bool wait_longer(uint32_t barrier, int parity, Wa
   }
   return w.over;
 }
-// Waits for the end of the barrier's phase of this parity.
+// Waits for the end of the barrier's phase of this parity. By a whole warp, with a vote: where lanes may
+// part, the compiler keeps nothing in uniform registers, and descriptors of the matrix unit must be there.
 __device__ __forceinline__ void wait_on(uint32_t barrier, int parity, Watch& w, unsigned what,
                                         unsigned detail) {
   if (__all_sync(0xffffffffu, try_wait(barrier, parity) || w.over)) return;
