@@ -23,7 +23,7 @@ __device__ __forceinline__ void send_outputs(const float (&acc)[32], const float
   for (int h = 0; h < 2; ++h) {
     const int owner = warp_index() * 2 + h;
     if (owner * 8 >= rows) continue;
-    const uint32_t at = cluster_address(b.exchange(), owner), barrier = cluster_address(b.sums(0), owner);
+    const uint32_t at = cluster_address(b.exchange, owner), barrier = cluster_address(b.sums(0), owner);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       // lanes in pairs: the even one gets 4 columns of octet j, the odd one of the next
@@ -61,7 +61,7 @@ template <int NK, int kPair>
 __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, const Phase& p, unsigned g,
                                                 Carried& state, Watch& w) {
   const AttentionPart& a = p.attention;
-  const int thread = threadIdx.x, lane = thread % 32, row = sum_place(thread, 0).row;
+  const int thread = threadIdx.x, warp = warp_index(), lane = thread % 32, row = sum_place(thread, 0).row;
   const HeadTask task = head_task(p, t.m, b.cluster_number);
   const bool copies = t.parts & 4, owner = owns(task.rows, b.rank) && (t.parts & 8);
   const int columns = kept(a.columns), octets = 8 * columns, rows = kept(task.rows);
@@ -181,9 +181,9 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     if (column == 0 && sends && lane % 4 == 0) {  // while the products are on their way
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int to = warp_index() * 2 + h;
+        const int to = warp * 2 + h;
         if (to * 8 >= rows) continue;
-        send2(cluster_address(b.exchange() + receive_stats(b.rank, lane / 4), to),
+        send2(cluster_address(b.exchange + receive_stats(b.rank, lane / 4, octets), to),
               cluster_address(b.sums(0), to), __float_as_uint(top[h]), __float_as_uint(total[h]));
       }
     }
@@ -201,13 +201,13 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     state.sums_parity ^= 1;
   }
   if (out != nullptr) {
-    const uint32_t from = b.exchange();
+    const uint32_t from = b.exchange;
     float high = -INFINITY, share[kCluster], its[kCluster], sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kCluster; ++i) {
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                    : "=f"(share[i]), "=f"(its[i])
-                   : "r"(from + receive_stats(i, finished))
+                   : "r"(from + receive_stats(i, finished, octets))
                    : "memory");
       high = fmaxf(high, share[i]);
     }
