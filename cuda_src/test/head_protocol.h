@@ -72,7 +72,7 @@ class Play {
  public:
   Play(const Table& t, unsigned seed) : t_(t), random_(seed), ctas_(t.ctas), flags_(t.ctas, 0) {
     for (Cta& c : ctas_) {
-      c.memory.resize((t.x_bytes + t.exchange) / 1024);
+      c.memory.resize((t.x_bytes + kExchange) / 1024);
       for (Mbarrier& b : c.empty) b.count = b.pending = 4;
       c.free_x.count = c.free_x.pending = kConsumers / 32;
     }
@@ -126,7 +126,7 @@ class Play {
   };
   void send(int cta, int at, int bytes, int64_t tag, Mbarrier& barrier) {
     Late l{cta, at / 1024, (at + bytes - 1) / 1024, tag, &barrier, bytes};
-    if (at + bytes > t_.x_bytes + t_.exchange) throw Wrong{"a copy past the end of x's part"};
+    if (at + bytes > t_.x_bytes + kExchange) throw Wrong{"a copy past the end of x's part"};
     for (int i = l.first; i <= l.last; ++i) {
       Cell& c = ctas_[cta].memory[i];
       if (c.readers > 0) throw Wrong{"a copy over what is being read, tag " + std::to_string(tag)};

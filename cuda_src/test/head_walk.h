@@ -188,7 +188,7 @@ inline void Head::walk() {
           const HeadTask task = head_task(p, t.m, cluster);
           const int octets = 8 * a.columns, columns = a.columns * kChunk;
           const Bits* queries = p.x + int64_t(task.tile) * p.chunks * p.stack.rows * kChunk;
-          Received received(C, std::vector<float>(exchanged(p) / 4, NAN));
+          Received received(C, std::vector<float>(kExchange / 4, NAN));
           const auto halves = [&](int owner, int source, int row, int octet) {
             return reinterpret_cast<Bits*>(received[owner].data()) +
                    receive_octet(source, row, octet, octets) / 2;
@@ -230,8 +230,8 @@ inline void Head::walk() {
                 }
               }
               const int owner = row / 8, local = row % 8;
-              received[owner][receive_stats(rank, local, octets) / 4] = float(high);
-              received[owner][receive_stats(rank, local, octets) / 4 + 1] = float(total);
+              received[owner][receive_stats(rank, local) / 4] = float(high);
+              received[owner][receive_stats(rank, local) / 4 + 1] = float(total);
               for (int e = 0; e < columns; ++e)
                 halves(owner, rank, local, e / 8)[e % 8] = to_bits(float(total > 0.0 ? acc[e] / total : 0.0));
             }
@@ -241,9 +241,9 @@ inline void Head::walk() {
             double high = -INFINITY, total = 0.0;
             std::vector<double> y(columns, 0.0);
             for (int k = 0; k < C; ++k)
-              high = std::max(high, double(received[rank][receive_stats(k, local, octets) / 4]));
+              high = std::max(high, double(received[rank][receive_stats(k, local) / 4]));
             for (int k = 0; k < C; ++k) {
-              const float* stats = &received[rank][receive_stats(k, local, octets) / 4];
+              const float* stats = &received[rank][receive_stats(k, local) / 4];
               const double share = stats[0] == -INFINITY ? 0.0 : std::exp2(stats[0] - high) * stats[1];
               total += share;
               for (int e = 0; e < columns; ++e) y[e] += share * number[halves(rank, k, local, e / 8)[e % 8]];

@@ -23,7 +23,7 @@ __device__ __forceinline__ void send_outputs(const float (&acc)[32], const float
   for (int h = 0; h < 2; ++h) {
     const int owner = warp_index() * 2 + h;
     if (owner * 8 >= rows) continue;
-    const uint32_t at = cluster_address(b.exchange, owner), barrier = cluster_address(b.sums(0), owner);
+    const uint32_t at = cluster_address(b.exchange(), owner), barrier = cluster_address(b.sums(0), owner);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       // lanes in pairs: the even one gets 4 columns of octet j, the odd one of the next
@@ -183,7 +183,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
       for (int h = 0; h < 2; ++h) {
         const int to = warp * 2 + h;
         if (to * 8 >= rows) continue;
-        send2(cluster_address(b.exchange + receive_stats(b.rank, lane / 4, octets), to),
+        send2(cluster_address(b.exchange() + receive_stats(b.rank, lane / 4), to),
               cluster_address(b.sums(0), to), __float_as_uint(top[h]), __float_as_uint(total[h]));
       }
     }
@@ -201,13 +201,13 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
     state.sums_parity ^= 1;
   }
   if (out != nullptr) {
-    const uint32_t from = b.exchange;
+    const uint32_t from = b.exchange();
     float high = -INFINITY, share[kCluster], its[kCluster], sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kCluster; ++i) {
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                    : "=f"(share[i]), "=f"(its[i])
-                   : "r"(from + receive_stats(i, finished, octets))
+                   : "r"(from + receive_stats(i, finished))
                    : "memory");
       high = fmaxf(high, share[i]);
     }

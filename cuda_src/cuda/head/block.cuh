@@ -13,17 +13,17 @@
 namespace vla::cuda::head {
 
 struct Block {
-  uint32_t base, exchange, ring, barriers;
+  uint32_t base, ring, barriers;
   int cta, rank, cluster_number;
 
   __device__ __forceinline__ Block(const Table& t, uint32_t base)
       : base(base),
-        exchange(base + t.x_bytes),
-        ring(base + t.x_bytes + t.exchange),
+        ring(base + t.x_bytes + kExchange),
         barriers(ring + t.slots * t.stage + kKeyBlocks),
         cta(blockIdx.x),
         rank(blockIdx.x % kCluster),
         cluster_number(blockIdx.x / kCluster) {}
+  __device__ __forceinline__ uint32_t exchange() const { return ring - kExchange; }
   __device__ __forceinline__ uint32_t key_blocks() const { return barriers - kKeyBlocks; }
   __device__ __forceinline__ uint32_t full(int slot) const { return barriers + 8 * slot; }
   __device__ __forceinline__ uint32_t empty(int slot) const { return barriers + 8 * (kMaxSlots + slot); }
@@ -279,7 +279,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
 template <int N>
 __device__ __forceinline__ void swap_rows(float (&mine)[N / 4], const float (&acc)[N / 2], const Block& b,
                                           int group) {
-  const uint32_t to = b.exchange + (threadIdx.x ^ kGroup) * 16, from = b.exchange + threadIdx.x * 16;
+  const uint32_t to = b.exchange() + (threadIdx.x ^ kGroup) * 16, from = b.exchange() + threadIdx.x * 16;
 #pragma unroll
   for (int u = 0; u < N / 16; ++u) {
     const float* a = acc + 8 * u;

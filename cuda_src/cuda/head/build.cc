@@ -347,10 +347,7 @@ class Builder {
   void share_memory() {
     const int row = t_.rows * kChunkBytes;
     t_.x_bytes = pad_to(std::max({x_chunks_ * row, split_chunks_ * row + kSumBytes, keys_bytes_}), 1024);
-    t_.exchange = 0;
-    for (int i = 0; i < t_.phases; ++i)
-      t_.exchange = std::max(t_.exchange, pad_to(exchanged(t_.phase[i]), 1024));
-    const int ring = kSharedOfBlock - t_.x_bytes - t_.exchange - kRest;
+    const int ring = kSharedOfBlock - t_.x_bytes - kExchange - kRest;
     // A stage costs its waits: two chunks are better than one, but not where the ring then holds few.
     // (Measured on an H200: SmolVLA 3.28 ms with 13 slots of 8 KB, 3.09 with 6 of 16; pi0.5 5.33 with 8 of
     // 10, 6.70 with 4 of 20.)

@@ -37,6 +37,10 @@ constexpr int kSquareParts = 32;        // of a row's sum of squares: two a clus
 constexpr int kWide = 80;               // columns of a tile at most, of a split phase
 constexpr int kSumBytes = kCluster * 8 * kWide * 4;  // that a block receives in a split phase
 constexpr int kMostColumns = 4;  // groups of 64 columns of the output that a cluster has in attention
+// Bytes that a block receives in attention: columns of bfloat16, a maximum and a total a row; or what the
+// warpgroups give each other: a float4 a unit and thread.
+constexpr int kExchange = (kCluster * 8 * (kMostColumns * kChunk * 2 + 8) + 1023) / 1024 * 1024;
+static_assert(kExchange >= kConsumers * 16 * kWide / 16, "room for the largest tile");
 
 constexpr int kKeyBlocks = kMaxKeys * 4;  // bytes of shared memory
 constexpr int kBarrierCount = 2 * kMaxSlots + 7;
@@ -151,7 +155,7 @@ struct Table {
   int m, rows;             // rows of x; padded to 8
   int first;               // rows of x before those of the actions
   int ctas, slots, stage;  // slots of the weight ring, bytes of one
-  int x_bytes, exchange;   // shared memory: [x | exchange | ring | the rest]
+  int x_bytes;             // shared memory: [x | exchange | ring | the rest]
   int parts;          // what runs, 15 but for timing: 1 weights, 2 barriers, 4 copies of x, 8 sums and ends;
                       // products wherever anything but barriers does
   unsigned* counter;  // kCounterWords, zero before a launch: blocks done; at kFailed, waits given up
@@ -166,7 +170,7 @@ struct Table {
 };
 
 static_assert(sizeof(Table) <= 32764, "a kernel's parameters");
-inline int shared_bytes(const Table& t) { return t.x_bytes + t.exchange + t.slots * t.stage + kRest; }
+inline int shared_bytes(const Table& t) { return t.x_bytes + kExchange + t.slots * t.stage + kRest; }
 
 VLA_HD bool is_spread(const Phase& p) { return p.kind == Kind::kQkv || p.kind == Kind::kGated; }
 VLA_HD bool is_split(const Phase& p) { return p.kind == Kind::kLinear || p.kind == Kind::kEuler; }
@@ -360,14 +364,8 @@ VLA_HD int square_part(int thread, int tile) { return thread < kGroup ? tile : k
 VLA_HD int receive_octet(int source, int row, int octet, int octets) {
   return ((source * 8 + row) * octets + (octet ^ row)) * 16;
 }
-VLA_HD int receive_stats(int source, int row, int octets) {
-  return kCluster * 8 * octets * 16 + (source * 8 + row) * 8;
-}
-// Bytes that are exchanged: what a block receives in attention, what the warpgroups of a spread phase give
-// each other (a float4 a unit and thread).
-VLA_HD int exchanged(const Phase& p) {
-  if (p.kind == Kind::kAttention) return receive_stats(kCluster, 0, 8 * p.attention.columns);
-  return is_spread(p) ? p.tile_rows / 16 * kConsumers * 16 : 0;
+VLA_HD int receive_stats(int source, int row) {
+  return kCluster * 8 * kMostColumns * kChunk * 2 + (source * 8 + row) * 8;
 }
 
 }  // namespace vla::cuda::head
