@@ -114,20 +114,28 @@ __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
   }
 }
 
+// A lane's copy: `bytes` of `from`, 0 for none.
+struct Copy {
+  uint32_t to;
+  const std::byte* from;
+  int bytes;
+  // Found before the wait that comes next: the table's answers are some hundred cycles away.
+  __device__ __forceinline__ void keep() { asm volatile("" : "+r"(to), "+l"(from), "+r"(bytes)); }
+};
+// A lane's part of this block's share of `chunks` chunks of `rows` rows.
+__device__ __forceinline__ Copy shared_copy(const Block& b, uint32_t to, const Bits* from, int chunks,
+                                            int rows) {
+  const int i = b.rank + kCluster * (threadIdx.x % 32), two = pieces_of(rows) - 1;
+  const int c = i >> two, part = i & two, row = c * rows + piece_first(rows, part);
+  return {to + row * kChunkBytes, reinterpret_cast<const std::byte*>(from + row * kChunk),
+          c < chunks ? piece_rows(rows, part) * kChunkBytes : 0};
+}
+static_assert(2 * kMaxChunks <= 32 * kCluster, "a lane has a piece at most");
+
 // A warp: waits for the other blocks, then has copied what the phase reads.
 __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
   const bool copies = t.parts & 4;
-  // `chunks` chunks of `rows` rows of `from`, this block's share of them to all of the cluster
-  const auto spread = [&](uint32_t to, const Bits* from, int chunks, int rows, uint32_t barrier) {
-    const int piece_count = pieces_of(rows);
-#pragma unroll 1
-    for (int i = b.rank + kCluster * lane; i < chunks * piece_count; i += kCluster * 32) {
-      const int c = i / piece_count, part = i % piece_count, row = c * rows + piece_first(rows, part);
-      copy_to_all(to + row * kChunkBytes, from + row * kChunk, piece_rows(rows, part) * kChunkBytes, barrier,
-                  (1 << kCluster) - 1);
-    }
-  };
   int free_parity = 0;
 #pragma unroll 1
   for (int step = 0; step < t.steps; ++step) {
@@ -135,57 +143,58 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
     for (int i = 0; i < t.phases; ++i) {
       const unsigned g = 1 + step * t.phases + i;
       const Phase& p = t.phase[i];
-      const bool busy = is_busy(p, b.cta, t.rows);
+      const bool busy = is_busy(p, b.cta, t.rows), attends = p.kind == Kind::kAttention;
       w.phase = g;
-      if (p.kind == Kind::kAttention) {
+      Copy x{0, nullptr, 0}, own{0, nullptr, 0};  // to all of the cluster; to this block
+      int expected = 0, idle = !takes_part(t, p, b.cta);
+      if (attends && busy && copies) {
         const AttentionPart& a = p.attention;
         const HeadTask task = head_task(p, t.m, b.cluster_number);
         const int copied = p.chunks + a.columns, queries = p.chunks * p.stack.rows;  // rows of 128 bytes
-        const int prefix = a.prefix_rows * kChunkBytes, fresh = a.fresh_rows * kChunkBytes;
-        const int each = key_rows(a) * kChunkBytes;
         // keys and values, or the columns of them that the cluster wants, of one kind: a lane copies a chunk
-        const auto copy_keys = [&](const Bits* k, const Bits* v, int bytes, int at, uint32_t barrier) {
-          if (lane >= copied || bytes == 0) return;
+        const auto of_keys = [&](const Bits* k, const Bits* v, int rows, int first) -> Copy {
           const bool key = lane < p.chunks;
-          const int c = key ? lane : task.column + lane - p.chunks;
-          const auto* from = reinterpret_cast<const std::byte*>(key ? k : v) +
-                             (static_cast<int64_t>(task.key_head * kCluster + b.rank) * p.chunks + c) * bytes;
-          bulk_load(b.base + lane * each + at, from, bytes, barrier);
+          const int c = key ? lane : task.column + lane - p.chunks, bytes = rows * kChunkBytes;
+          return {b.base + (lane * key_rows(a) + first) * kChunkBytes,
+                  reinterpret_cast<const std::byte*>(key ? k : v) +
+                      (static_cast<int64_t>(task.key_head * kCluster + b.rank) * p.chunks + c) * bytes,
+                  lane < copied ? bytes : 0};
         };
-        if (busy && copies) {
-          if (takes_part(t, t.phase[i - 1], b.cta)) {  // the queries' products, which read x
-            wait_on(b.free_x(), free_parity, w, kForFreeX, 0);
-            free_parity ^= 1;
-          }
-          if (lane == 0) barrier_expect(b.keys(0), copied * prefix);
-          __syncwarp();
-          copy_keys(a.packed_k, a.packed_v, prefix, 0, b.keys(0));
+        if (takes_part(t, t.phase[i - 1], b.cta)) {  // the queries' products, which read x
+          wait_on(b.free_x(), free_parity, w, kForFreeX, 0);
+          free_parity ^= 1;
         }
-        wait_for_blocks(t, g, w);
+        if (lane == 0) barrier_expect(b.keys(0), copied * a.prefix_rows * kChunkBytes);
         __syncwarp();
-        if (busy && copies) {
-          if (lane == 0) barrier_expect(b.keys(1), copied * fresh + queries * kChunkBytes);
-          __syncwarp();
-          spread(b.base + queries_at(p), p.x + task.tile * queries * kChunk, p.chunks, p.stack.rows,
-                 b.keys(1));
-          copy_keys(a.fresh_k, a.fresh_v, fresh, prefix, b.keys(1));
-        }
-      } else {
-        wait_for_blocks(t, g, w);
-        __syncwarp();
-        const int slots = copies ? arriving(p, b.cta) : 0;
-        if (lane == 0 && slots > 0) barrier_expect(b.x_full(), slots * t.rows * kChunkBytes);
-        __syncwarp();
-        if (slots > 0 && is_spread(p)) {
-          spread(b.base, p.x, slots, t.rows, b.x_full());
-        } else if (lane < slots) {
-          const int c = share_of(p, b.cta).first + lane;
-          bulk_load(b.base + lane * t.rows * kChunkBytes, p.x + static_cast<int64_t>(c) * t.rows * kChunk,
-                    t.rows * kChunkBytes, b.x_full());
+        const Copy old = of_keys(a.packed_k, a.packed_v, a.prefix_rows, 0);
+        if (old.bytes > 0) bulk_load(old.to, old.from, old.bytes, b.keys(0));
+        own = of_keys(a.fresh_k, a.fresh_v, a.fresh_rows, a.prefix_rows);
+        x = shared_copy(b, b.base + queries_at(p), p.x + task.tile * queries * kChunk, p.chunks,
+                        p.stack.rows);
+        expected = (copied * a.fresh_rows + queries) * kChunkBytes;
+      } else if (!attends && copies) {
+        const int chunks = arriving(p, b.cta), bytes = t.rows * kChunkBytes;
+        expected = chunks * bytes;
+        if (is_spread(p)) {
+          x = shared_copy(b, b.base, p.x, chunks, t.rows);
+        } else if (lane < chunks) {
+          own = {b.base + lane * bytes,
+                 reinterpret_cast<const std::byte*>(p.x) +
+                     static_cast<int64_t>(share_of(p, b.cta).first + lane) * bytes,
+                 bytes};
         }
       }
+      const uint32_t barrier = attends ? b.keys(1) : b.x_full();
+      x.keep(), own.keep();
+      asm volatile("" : "+r"(expected), "+r"(idle));
+      wait_for_blocks(t, g, w);
+      __syncwarp();
+      if (lane == 0 && expected > 0) barrier_expect(barrier, expected);
+      __syncwarp();
+      if (x.bytes > 0) copy_to_all(x.to, x.from, x.bytes, barrier, (1 << kCluster) - 1);
+      if (own.bytes > 0) bulk_load(own.to, own.from, own.bytes, barrier);
       if (t.stamps && b.cta == 0 && lane == 0) t.stamps[(g - 1) * 4] = clock64();
-      if (lane == 0 && !takes_part(t, p, b.cta)) report_done(t);
+      if (lane == 0 && idle) report_done(t);
     }
   }
 }
