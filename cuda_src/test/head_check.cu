@@ -328,7 +328,7 @@ struct Suite {
         if (s.width <= 128) {
           other = settings, other.min_units = 2;
           one(head, s, other, 3, false);
-          other = settings, other.max_slots = 3;
+          other = settings, other.max_slots = 5;
           one(head, s, other, 3, false);
         }
       }

@@ -352,7 +352,9 @@ class Builder {
     // (Measured on an H200: SmolVLA 3.28 ms with 13 slots of 8 KB, 3.09 with 6 of 16; pi0.5 5.33 with 8 of
     // 10, 6.70 with 4 of 20.)
     t_.stage = s_.stage > 0 ? std::max(s_.stage, widest_) : ring / (2 * widest_) >= 6 ? 2 * widest_ : widest_;
-    t_.slots = std::min(ring / t_.stage, std::min(s_.max_slots, kMaxSlots));
+    // Even: two warpgroups take stages in turn, and a slot must stay with one of them while a phase lasts. Else
+    // it might wait for its stage while the other's before it is still on its way, and parities know no more.
+    t_.slots = std::min(ring / t_.stage, std::min(s_.max_slots, kMaxSlots)) / 2 * 2;
     for (int i = 0; i < t_.phases; ++i) {
       Phase& p = t_.phase[i];
       if (p.kind == Kind::kAttention) continue;
@@ -361,7 +363,7 @@ class Builder {
       if (is_spread(p) && count > 1) stages = pad_to(stages, 2);  // as many for both warpgroups
       p.stage_chunks = divide_up(count, stages);
     }
-    require(t_.slots >= 3, "no room for weights beside x and the keys");
+    require(t_.slots >= 4, "no room for weights beside x and the keys");
   }
 
   Table& t_;
