@@ -352,8 +352,9 @@ class Builder {
     // (Measured on an H200: SmolVLA 3.28 ms with 13 slots of 8 KB, 3.09 with 6 of 16; pi0.5 5.33 with 8 of
     // 10, 6.70 with 4 of 20.)
     t_.stage = s_.stage > 0 ? std::max(s_.stage, widest_) : ring / (2 * widest_) >= 6 ? 2 * widest_ : widest_;
-    // Even: two warpgroups take stages in turn, and a slot must stay with one of them while a phase lasts. Else
-    // it might wait for its stage while the other's before it is still on its way, and parities know no more.
+    // Even: two warpgroups take stages in turn, and a slot must stay with one of them while a phase lasts.
+    // Else it might wait for its stage while the other's before it is still on its way, and parities know no
+    // more.
     t_.slots = std::min(ring / t_.stage, std::min(s_.max_slots, kMaxSlots)) / 2 * 2;
     for (int i = 0; i < t_.phases; ++i) {
       Phase& p = t_.phase[i];
