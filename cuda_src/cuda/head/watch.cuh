@@ -16,7 +16,7 @@ enum Waiting : unsigned {
   kForWeights = 1,  // detail: slot
   kForSlot = 2,     // detail: slot
   kForX = 3,
-  kForSums = 4,  // detail: warpgroup
+  kForSums = 4,  // detail: 0 in attention, 2 in a split phase
   kForKeys = 5,  // detail: 0 prefix, 1 fresh
   kForFreeX = 6,
   kForBlocks = 7,  // detail: what the counter should be; value: what it is
