@@ -72,11 +72,17 @@ int main(int argc, char** argv) {
         continue;
       }
       runs |= clusters == 15;
-      const std::string wrong = vla::test::play(head.table(), quick ? 1 : 3);
-      failures += !wrong.empty();
-      std::printf("%s %s, %d clusters: protocol of %d phases%s\n", wrong.empty() ? "ok  " : "FAIL", s.name,
-                  clusters, head.table().phases * head.table().steps,
-                  wrong.empty() ? "" : (": " + wrong).c_str());
+      const auto play = [&](int seeds) {
+        const std::string wrong = vla::test::play(head.table(), seeds);
+        failures += !wrong.empty();
+        std::printf("%s %s, %d clusters, %d slots: protocol of %d phases%s\n",
+                    wrong.empty() ? "ok  " : "FAIL", s.name, clusters, head.table().slots,
+                    head.table().phases * head.table().steps, wrong.empty() ? "" : (": " + wrong).c_str());
+      };
+      play(quick ? 1 : 3);
+      settings.max_slots = 5;  // a ring of an odd number of slots, if it were made
+      if (clusters != 15 || !head.build_table(settings).empty()) continue;
+      play(1);
     }
     if (!runs) std::printf("FAIL %s: no table for 15 clusters\n", s.name), ++failures;
   }

@@ -123,6 +123,7 @@ class Play {
     int64_t tag;
     Mbarrier* barrier;
     int64_t bytes;
+    int rounds = 0;  // before it may arrive
   };
   void send(int cta, int at, int bytes, int64_t tag, Mbarrier& barrier) {
     Late l{cta, at / 1024, (at + bytes - 1) / 1024, tag, &barrier, bytes};
@@ -137,7 +138,8 @@ class Play {
   bool deliver() {
     bool any = false;
     for (size_t i = 0; i < late_.size();) {
-      if (random_() % 3 == 0) {
+      if (late_[i].rounds > 0) any = true;
+      if (late_[i].rounds-- > 0 || random_() % 3 == 0) {
         ++i;
         continue;
       }
@@ -194,7 +196,9 @@ class Play {
           co_await wait(me.empty[slot], parity ^ 1);
           me.full[slot].expect(bytes);
           me.slot_tag[slot] = (int64_t(step) * t_.phases + i) * 100 + c;
-          late_.push_back({cta, -1, -1, 0, &me.full[slot], bytes});
+          // now and then one is overtaken by all that are asked for after it
+          late_.push_back(
+              {cta, -1, -1, 0, &me.full[slot], bytes, random_() % 16 == 0 ? int(random_() % 64) : 0});
           if (++slot == t_.slots) slot = 0, parity ^= 1;
         }
       }
