@@ -32,7 +32,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     const int now = slot;
-    if (!there) head::wait_on(b.full(now), parities >> now & 1, w, kForStage, now);
+    if (!__all_sync(0xffffffffu, there)) head::wait_on(b.full(now), parities >> now & 1, w, kForStage, now);
     parities ^= 1u << now;
     if (++slot == slots) slot = 0;
     // asked now, used after this stage's products are on their way
