@@ -83,6 +83,10 @@ class Play {
 
  private:
   static int64_t tag(int phase, int tile, int stage) { return (int64_t(phase) * 10000 + tile) * 100 + stage; }
+  // Of a product's x: which rows.
+  static int64_t x_tag(const Phase& p, int phase, int tile, const Tile& at, int stage) {
+    return tag(phase, is_product(p) ? at.row : tile, stage);
+  }
   static Until wait(Mbarrier& b, int parity) {
     return {[&b, parity] { return b.passed(parity); }};
   }
@@ -164,17 +168,17 @@ class Play {
                      : stage == 0                 ? 64
                                                   : t_.key_rows;
     const int bytes = chunks * rows * kChunkBytes;
-    const int most = p.kind == Kind::kAttention ? t_.slot : weights ? kWeightBytes : t_.slot - kWeightBytes;
+    const int most = p.kind == Kind::kAttention ? t_.slot : weights ? x_in_slot(p) : t_.slot - x_in_slot(p);
     if (bytes <= 0 || bytes > most) throw Wrong{"a stage of " + std::to_string(bytes) + " bytes"};
     return bytes;
   }
   void copy(Cta& me, int phase, const Phase& p, int tile, const Tile& at, int stage, int slot, bool weights) {
     const int bytes = bytes_of(p, at, stage, weights);
-    late_.push_back([=, this, &me] {
+    late_.push_back([=, &me, &p] {
       if (weights) {
         me.weights[slot] = tag(phase, tile, stage);
       } else {
-        me.x[0][slot] = me.x[1][slot] = tag(phase, tile, stage);
+        me.x[0][slot] = me.x[1][slot] = x_tag(p, phase, tile, at, stage);
       }
       me.full[slot].complete(bytes);
     });
@@ -184,9 +188,9 @@ class Play {
     const int rank = cta % kPair, rows = rank == 0 ? half_rows(p.rows) : p.rows - half_rows(p.rows);
     for (const int to : {cta, cta ^ 1}) {
       const int tile = first_tile(p, to), bytes = chunks_of_stage(p, at, stage) * rows * kChunkBytes;
-      late_.push_back([=, this] {
+      late_.push_back([=, this, &p] {
         Cta& its = ctas_[to];
-        its.x[rank][stage] = tag(phase, tile, stage);
+        its.x[rank][stage] = x_tag(p, phase, tile, at, stage);
         its.full[stage].complete(bytes);
       });
     }
@@ -197,8 +201,9 @@ class Play {
     Ring ring;
     int sums_parity = 0;
     const auto here = [&](int its, int phase, int tile, int stage) {
-      const int64_t want = tag(phase, tile, stage);
-      if (me.weights[its] != want || me.x[0][its] != want || me.x[1][its] != want)
+      const Phase& p = t_.phase[phase];
+      const int64_t x = x_tag(p, phase, tile, tile_at(p, tile, cta), stage);
+      if (me.weights[its] != tag(phase, tile, stage) || me.x[0][its] != x || me.x[1][its] != x)
         throw Wrong{"a slot that has something else, phase " + std::to_string(phase)};
     };
     const auto meet = [&] {

@@ -128,10 +128,10 @@ int main(int argc, char** argv) {
     Prefix prefix({"SmolVLA", 16, 960, 2560, 15, 5, rows, true});
     std::vector<pre::Settings> variants;
     for (const int split : {2, 1}) {
-      for (const int slots : {12, 6}) {
+      for (const int slot : {0, 33 * 1024, 39 * 1024}) {
         pre::Settings v;
-        v.ctas = held, v.split = split, v.max_slots = slots;
-        if (all || variants.empty()) variants.push_back(v);
+        v.ctas = held, v.split = split, v.slot = slot;
+        if (all || split == 2) variants.push_back(v);
       }
     }
     std::vector<Bits> want;
@@ -140,7 +140,7 @@ int main(int argc, char** argv) {
     pre::Settings chosen;
     for (const pre::Settings& v : variants) {
       if (const std::string why = prefix.build_table(v); !why.empty()) {
-        std::printf("  split %d, slots %d: refused: %s\n", v.split, v.max_slots, why.c_str());
+        std::printf("  split %d, slots of %d: refused: %s\n", v.split, v.slot, why.c_str());
         continue;
       }
       Copy c(prefix);

@@ -89,7 +89,7 @@ __device__ __forceinline__ Job x_job(const Table& t, const Phase& p, const Tile&
   const int64_t chunk = at.first + stage * p.stage_chunks;
   j.from = reinterpret_cast<const std::byte*>(p.x + (chunk * p.x_rows + at.row) * kChunk);
   j.step = static_cast<int64_t>(p.x_rows) * kChunkBytes, j.bytes = p.rows * kChunkBytes;
-  j.copies = chunks_of_stage(p, at, stage), j.at = kWeightBytes;
+  j.copies = chunks_of_stage(p, at, stage), j.at = x_in_slot(p);
   return j;
 }
 __device__ __forceinline__ void expect(const Block& b, const Job& j, int slot) {

@@ -77,8 +77,6 @@ class Builder {
   // x of `cols` columns from `from`, in tiles of p.rows, and the weight.
   void product(Phase& p, const Bits* from, int cols, const Weight& w) {
     p.x = from, p.chunks = whole(cols, "k");
-    p.stage_chunks = p.kind == Kind::kGated || divide_up(p.chunks, p.split) < 4 ? 1 : 2;
-    require(divide_up(divide_up(p.chunks, p.split), p.stage_chunks) <= kMaxStages, "k is too long");
     require(w.dtype == DType::kBF16 && w.k == cols, "a weight of another type");
     p.w = memory_.pack(p, w);
   }
@@ -242,19 +240,33 @@ class Builder {
     t_.k_block = reinterpret_cast<const int*>(k_block_.base), t_.ld_k_block = k_block_.ld;
   }
 
+  static int chunks_of(const Phase& p) { return divide_up(p.chunks, p.split); }  // of a block
+  // Two chunks a stage where a slot of the least size has room for them, or three: a stage costs its waits.
   void share_memory() {
-    int rows = 2 * t_.key_rows * kChunkBytes;  // a stage of attention
     t_.exchange = kLeastExchange;
+    t_.slot = std::max(s_.slot, 2 * t_.key_rows * kChunkBytes);  // a stage of attention
+    const auto bytes = [](const Phase& p, int chunks) {
+      return chunks * (tile_rows(p) + p.rows) * kChunkBytes;
+    };
     for (int i = 0; i < t_.phases; ++i) {
       const Phase& p = t_.phase[i];
       if (!is_product(p)) continue;
-      rows = std::max(rows, kWeightBytes + p.stage_chunks * p.rows * kChunkBytes);
+      t_.slot = std::max(t_.slot, bytes(p, p.kind == Kind::kGated || chunks_of(p) < 4 ? 1 : 2));
       const int units =
           p.rows / 8 / p.split;  // handed over within the block, and received from two warpgroups
       if (p.kind != Kind::kGated)
         t_.exchange = std::max(t_.exchange, units * (p.split == kPair ? 3 : 1) * kUnitBytes);
     }
-    t_.slot = pad_to(rows, 1024);
+    t_.slot = pad_to(t_.slot, 1024);
+    for (int i = 0; i < t_.phases; ++i) {
+      Phase& p = t_.phase[i];
+      if (!is_product(p)) continue;
+      p.stage_chunks = 1;
+      while (p.stage_chunks < 3 && 2 * (p.stage_chunks + 1) <= chunks_of(p) + 1 &&
+             bytes(p, p.stage_chunks + 1) <= t_.slot)
+        ++p.stage_chunks;
+      require(divide_up(chunks_of(p), p.stage_chunks) <= kMaxStages, "k is too long");
+    }
     t_.slots = std::min(s_.max_slots, kMaxSlots);
     while (t_.slots > 0 && shared_bytes(t_) > kSharedOfBlock) --t_.slots;
     require(t_.slots > kStages, "no room for a head's keys");  // all of a tile of attention at once

@@ -15,6 +15,7 @@ struct Settings {
   int ctas = 132;             // blocks that the device holds at once
   int max_slots = kMaxSlots;  // of the ring
   int split = kPair;          // of the products of the longest k
+  int slot = 0;               // bytes of one of the ring's at least
 };
 
 struct Memory {

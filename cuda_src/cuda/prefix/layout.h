@@ -30,12 +30,11 @@ constexpr int kMaxPhases = 112;
 constexpr int kMaxSlots = 12;   // of the ring
 constexpr int kMaxStages = 32;  // of a tile: a lane of the feeding warp each
 constexpr int kSquareParts =
-    64;                        // of a row's sum of squares: four a tile of 64 columns; the others stay zero
-constexpr int kMaxRows = 256;  // of x
-constexpr int kWeightBytes = 2 * 64 * kChunkBytes;  // of a stage: 128 rows of W, or 64 of two chunks
-constexpr int kSpareRows = 128;                     // after an activation: tiles reach past its last row
-constexpr int kUnitBytes = 16 * kGroup;             // what a warpgroup hands over of 8 rows of x
-constexpr int kLeastExchange = 10 * kUnitBytes;     // what attention hands over
+    64;                          // of a row's sum of squares: four a tile of 64 columns; the others stay zero
+constexpr int kMaxRows = 256;    // of x
+constexpr int kSpareRows = 128;  // after an activation: tiles reach past its last row
+constexpr int kUnitBytes = 16 * kGroup;          // what a warpgroup hands over of 8 rows of x
+constexpr int kLeastExchange = 10 * kUnitBytes;  // what attention hands over
 constexpr int kStages = 3;  // of a tile of attention: queries, keys and values of either warpgroup
 
 // The tiles that the kernel is made for: rows of x that a block finishes of the hidden state; of a tile of q,
@@ -135,6 +134,8 @@ VLA_HD int stages_of(const Phase& p, const Tile& t) {
          : p.kind == Kind::kAttention ? kStages
                                       : divide_up(t.chunks(), p.stage_chunks);
 }
+// Where x begins in a slot, behind the weights.
+VLA_HD int x_in_slot(const Phase& p) { return p.stage_chunks * tile_rows(p) * kChunkBytes; }
 VLA_HD int chunks_of_stage(const Phase& p, const Tile& t, int stage) {
   const int left = t.chunks() - stage * p.stage_chunks;
   return left < p.stage_chunks ? left : p.stage_chunks;

@@ -19,7 +19,8 @@ namespace vla::cuda::prefix {
 // other's.
 template <int N, bool kWide>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, const Block& b, int chunks,
-                                         int per_stage, Ring& ring_state, int group, Watch& w) {
+                                         int per_stage, uint32_t x_at, Ring& ring_state, int group,
+                                         Watch& w) {
   const int slots = head::kept(t.slots), bytes = head::kept(t.slot >> 4),
             stages = divide_up(chunks, per_stage);
   const uint32_t ring = head::kept(head::tile_low(b.ring));
@@ -41,7 +42,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
       release(b, now, 1);
       continue;
     }
-    uint32_t rows = ring + now * bytes + own, x = ring + now * bytes + (kWeightBytes >> 4);
+    uint32_t rows = ring + now * bytes + own, x = ring + now * bytes + x_at;
     int left = min(per_stage, chunks - stage * per_stage);
 #pragma unroll 1
     do {
@@ -158,7 +159,8 @@ __device__ __forceinline__ void product_phase(const Table& t, const Block& b, co
     float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-    multiply<N, kGated>(acc, t, b, head::kept(at.chunks()), head::kept(p.stage_chunks), state.ring, group, w);
+    multiply<N, kGated>(acc, t, b, head::kept(at.chunks()), head::kept(p.stage_chunks),
+                        head::kept(x_in_slot(p) >> 4), state.ring, group, w);
     stamp(t, index, 2);
     if constexpr (kGated) {
       squares.leave(b, p.mean, p.eps);
