@@ -262,7 +262,7 @@ class Builder {
       Phase& p = t_.phase[i];
       if (!is_product(p)) continue;
       p.stage_chunks = 1;
-      while (p.stage_chunks < 3 && 2 * (p.stage_chunks + 1) <= chunks_of(p) + 1 &&
+      while (p.stage_chunks < 4 && 2 * (p.stage_chunks + 1) <= chunks_of(p) + 1 &&
              bytes(p, p.stage_chunks + 1) <= t_.slot)
         ++p.stage_chunks;
       require(divide_up(chunks_of(p), p.stage_chunks) <= kMaxStages, "k is too long");
