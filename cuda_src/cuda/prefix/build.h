@@ -15,7 +15,8 @@ struct Settings {
   int ctas = 132;             // blocks that the device holds at once
   int max_slots = kMaxSlots;  // of the ring
   int split = kPair;          // of the products of the longest k
-  int slot = 0;               // bytes of one of the ring's at least; 0: two chunks a stage
+  int slot =
+      39 * 1024;  // bytes of one of the ring's at least: three chunks a stage of q, k and v of 177 rows
 };
 
 struct Memory {
