@@ -219,7 +219,8 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
 
 void enqueue_before(const Script& script, const Context& context, PersistentPrefix* prefix, Sequence& at) {
   const auto part = [&](size_t begin, size_t end) {
-    enqueue({script.before.begin() + static_cast<int64_t>(begin), script.before.begin() + static_cast<int64_t>(end)},
+    enqueue({script.before.begin() + static_cast<int64_t>(begin),
+             script.before.begin() + static_cast<int64_t>(end)},
             context, 0, at);
   };
   if (!prefix) return part(0, script.before.size());
