@@ -20,7 +20,7 @@ from vla_infer.errors import ReplayError
 from . import report
 from .compare import Comparison, Judging, compare
 from .resources import machine
-from .runs import LEAST, OTHERS, disturbance, figures, merge, quiet
+from .runs import LEAST, OTHERS, disturbance_of, merge, quiet
 
 IN_TURN = 7  # runs of each side with --against-python: one odd run of each side leaves the verdict as it is
 # What concerns the runs together, or where a run writes to.
@@ -109,8 +109,7 @@ def in_turn(sides: list[Run], number: int, wait: Callable[[], None]) -> None:
     good = [0] * len(sides)
     for _ in range(2 * number):
         for k, run in enumerate(sides):
-            document = run()
-            if disturbance(figures(document), document["host"]["cores"]) is None:
+            if disturbance_of(run()) is None:
                 good[k] += 1
             else:
                 wait()
@@ -182,7 +181,7 @@ class _Side:
         document["settings"]["command"] = "vla-infer " + " ".join(sys.argv[1:])
         document["settings"]["repeat"] = self._number
         self.documents.append(document)
-        disturbed = disturbance(figures(document), document["host"]["cores"])
+        disturbed = disturbance_of(document)
         middle = (document["latency_ms"].get("inference") or {}).get("p50", 0.0)
         note = f", disturbed: {disturbed}" if disturbed else ""
         _say(self._args, f"run {number}{self._label}: inference p50 {middle:.2f} ms{note}")

@@ -51,6 +51,11 @@ def disturbance(run: dict[str, Any], cores: int) -> str | None:
     return None
 
 
+def disturbance_of(document: dict[str, Any]) -> str | None:
+    """As `disturbance`, of the run whose report it is."""
+    return disturbance(figures(document), document["host"]["cores"])
+
+
 def quiet(document: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs of a report that nobody disturbed."""
     cores = document["host"]["cores"]
@@ -61,10 +66,8 @@ def described(document: dict[str, Any]) -> str:
     """What the runs of a report were, in a sentence; empty for a report of one run."""
     if "runs" not in document:
         return ""
-    runs, middles = (
-        runs_of(document),
-        [(r["latency_ms"].get("inference") or {}).get("p50") for r in runs_of(document)],
-    )
+    runs = runs_of(document)
+    middles = [(run["latency_ms"].get("inference") or {}).get("p50") for run in runs]
     known = [middle for middle in middles if middle is not None]
     span = f"; inference p50 of the runs {min(known):.2f} to {max(known):.2f} ms" if known else ""
     return f"The middle one of {len(runs)} runs, {len(quiet(document))} of them undisturbed{span}."
@@ -76,7 +79,7 @@ def merge(documents: list[dict[str, Any]]) -> dict[str, Any]:
     for place in (("bag", "sha256"), ("policy", "fingerprint"), ("contract", "sha256")):
         if len({document[place[0]][place[1]] for document in documents}) > 1:
             raise ReplayError(f"--repeat: the {place[0]} changed between the runs; let it be and run again")
-    undisturbed = [d for d in documents if disturbance(figures(d), d["host"]["cores"]) is None] or documents
+    undisturbed = [document for document in documents if disturbance_of(document) is None] or documents
     ordered = sorted(undisturbed, key=lambda document: float(document["latency_ms"]["inference"]["p50"]))
     every = [run for document in documents for run in runs_of(document)]
     return {**ordered[(len(ordered) - 1) // 2], "runs": every}
