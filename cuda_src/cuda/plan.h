@@ -20,6 +20,7 @@ using HeadWeights = std::map<std::tuple<const void*, int, int>, const uint16_t*>
 using PrefixWeights = std::map<const void*, const uint16_t*>;
 
 class PersistentLoop;
+class PersistentPrefix;
 
 struct Context {
   cudaStream_t stream = nullptr;
@@ -68,7 +69,6 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
 
 // Seconds of each operation, `before`, `body` (all steps together) and `after`, from runs of the whole of
 // them.
-class PersistentPrefix;
 std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
                             PersistentLoop* loop, PersistentPrefix* prefix);
 

@@ -1,23 +1,18 @@
 // The persistent head in a plan: its table, its weights, and what it reports.
 #include "../plan.h"
 
-#include <cstring>
-
 #include "build.h"
 #include "head.h"
+#include "waits.h"
 
 namespace vla::cuda {
 
 namespace {
 
 using head::Table;
-constexpr int64_t kPatience = 2'000'000'000;  // nanoseconds that a wait between blocks may take
-constexpr size_t kReportBytes = (8 + 8 * 64) * 4;
 
 class Loop final : public PersistentLoop {
  public:
-  Loop() : report_(kReportBytes) { std::memset(report_.data(), 0, kReportBytes); }
-
   bool make(const Script& script, const Context& context, const std::vector<Known>& known, Pool& pool) {
     std::vector<head::Fact> facts;
     for (const Known& k : known) facts.push_back({k.stable_keys, k.shift, k.shift_step});
@@ -37,10 +32,7 @@ class Loop final : public PersistentLoop {
     head::Settings settings;
     settings.clusters = head::resident_clusters();
     if (!head::build(table_, script.body, script.steps, facts, settings, memory).empty()) return false;
-    table_.counter = reinterpret_cast<unsigned*>(pool.take(head::kCounterWords * sizeof(unsigned)));
-    table_.report = reinterpret_cast<unsigned*>(report_.data());
-    table_.patience = kPatience;
-    VLA_CHECK(cudaStreamSynchronize(nullptr), "clearing memory");
+    waits_.give(table_, pool);
     return true;
   }
 
@@ -48,18 +40,11 @@ class Loop final : public PersistentLoop {
     VLA_CHECK(head::launch(table_, stream), "the persistent action head");
   }
 
-  void check() const override {
-    const auto* report = reinterpret_cast<const unsigned*>(report_.data());
-    if (report[0] == 0) return;
-    throw DeviceLost("cuda: persistent action head: " + std::to_string(report[0]) +
-                     " waits outlasted 2 s, the first of kind " + std::to_string(report[8]) + " in phase " +
-                     std::to_string(report[9]) + " of block " + std::to_string(report[10]) +
-                     "; something else holds the GPU's multiprocessors: restart this process");
-  }
+  void check() const override { waits_.check("persistent action head"); }
 
  private:
   Table table_ = {};
-  Pinned report_;  // the kernel writes it, the host reads it after a run
+  head::Waits waits_;
 };
 
 }  // namespace

@@ -2,8 +2,8 @@
 #include "../plan.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "../head/waits.h"
 #include "build.h"
 #include "prefix.h"
 
@@ -11,14 +11,9 @@ namespace vla::cuda {
 
 namespace {
 
-constexpr int64_t kPatience = 2'000'000'000;  // nanoseconds that a wait between blocks may take
-constexpr size_t kReportBytes = (8 + 8 * 64) * 4;
-
 class Layers final : public PersistentPrefix {
  public:
-  explicit Layers(prefix::Range range) : PersistentPrefix(range.begin, range.end), report_(kReportBytes) {
-    std::memset(report_.data(), 0, kReportBytes);
-  }
+  explicit Layers(prefix::Range range) : PersistentPrefix(range.begin, range.end) {}
 
   bool make(const Script& script, const Context& context, Pool& pool) {
     const prefix::Memory memory{
@@ -42,10 +37,7 @@ class Layers final : public PersistentPrefix {
     for (const prefix::Memory* its : {&none, &memory}) {
       if (!prefix::build(table_, script.before, {begin, end}, settings, *its).empty()) return false;
     }
-    table_.counter = reinterpret_cast<unsigned*>(pool.take(head::kCounterWords * sizeof(unsigned)));
-    table_.report = reinterpret_cast<unsigned*>(report_.data());
-    table_.patience = kPatience;
-    VLA_CHECK(cudaStreamSynchronize(nullptr), "clearing memory");
+    waits_.give(table_, pool);
     return true;
   }
 
@@ -53,18 +45,11 @@ class Layers final : public PersistentPrefix {
     VLA_CHECK(prefix::launch(table_, stream), "the persistent prefix");
   }
 
-  void check() const override {
-    const auto* report = reinterpret_cast<const unsigned*>(report_.data());
-    if (report[0] == 0) return;
-    throw DeviceLost("cuda: persistent prefix: " + std::to_string(report[0]) +
-                     " waits outlasted 2 s, the first of kind " + std::to_string(report[8]) + " in phase " +
-                     std::to_string(report[9]) + " of block " + std::to_string(report[10]) +
-                     "; something else holds the GPU's multiprocessors: restart this process");
-  }
+  void check() const override { waits_.check("persistent prefix"); }
 
  private:
   prefix::Table table_ = {};
-  Pinned report_;  // the kernel writes it, the host reads it after a run
+  head::Waits waits_;
 };
 
 bool overlap(const View& a, const View& b) {
