@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
-#include <random>
 
 #include "plan.h"
 
@@ -102,29 +101,6 @@ std::vector<double> profile(const Script& script, const Context& context, const 
     for (double s : each) all.push_back(sum > 0.0 ? s * seconds[i] / sum : 0.0);
   }
   return all;
-}
-
-double copy_rate(const Context& context, size_t bytes) {
-  constexpr int kCopies = 8;
-  Pool pool;
-  std::byte *from = pool.take(bytes), *to = pool.take(bytes);
-  std::vector<uint64_t> random(size_t{1} << 21);  // zeros would take less power, and power limits clocks
-  std::mt19937_64 generator;
-  for (uint64_t& v : random) v = generator();
-  const size_t some = random.size() * sizeof(uint64_t);
-  for (size_t at = 0; at < bytes; at += some) {
-    VLA_CHECK(cudaMemcpyAsync(from + at, random.data(), std::min(some, bytes - at), cudaMemcpyHostToDevice,
-                              context.stream),
-              "filling memory");
-  }
-  const std::vector<double> seconds = time_between_marks(context, [&](const std::function<void()>& mark) {
-    mark();
-    for (int i = 0; i < kCopies; ++i) {
-      VLA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, context.stream), "copying");
-      mark();
-    }
-  });
-  return 2.0 * static_cast<double>(bytes) / *std::min_element(seconds.begin(), seconds.end());
 }
 
 }  // namespace vla::cuda
