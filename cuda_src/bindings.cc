@@ -51,8 +51,8 @@ vla::Bytes dense(const py::array& a) {
 
 using Rows = std::vector<std::optional<py::array>>;
 
-// A program with the arrays that are being copied into its inputs. The base that is named first goes last: by
-// then nothing reads them.
+// A program with the arrays that its inputs are filled from, until others are staged: the device may read
+// them itself. The base that is named first goes last: by then nothing reads them.
 struct Staged {
   Rows staged;
 };
@@ -108,6 +108,14 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("weight_bytes", &vla::Engine::weight_bytes)
       .def_property_readonly("arena_bytes", &vla::Engine::arena_bytes)
       .def_property_readonly("memory_in_use", &vla::Engine::memory_in_use)
+      .def("host_memory",
+           [](const vla::Engine& engine, size_t bytes) {
+             auto* memory = new std::shared_ptr<std::byte>(engine.host_memory(bytes));
+             const py::capsule owner(memory,
+                                     [](void* p) { delete static_cast<std::shared_ptr<std::byte>*>(p); });
+             return py::array(py::dtype::of<uint8_t>(), {static_cast<py::ssize_t>(bytes)}, {py::ssize_t{1}},
+                              memory->get(), owner);
+           })
       .def("copy_rate", &vla::Engine::copy_rate, py::call_guard<py::gil_scoped_release>())
       .def("pack",
            [](vla::Engine& e, int packing, const std::vector<py::array>& parts, int rows) {
@@ -170,14 +178,7 @@ PYBIND11_MODULE(_engine, m) {
              }
              p.staged = std::move(rows);  // those before are settled
            })
-      .def("settle",
-           [](StagedProgram& p) {
-             {
-               py::gil_scoped_release release;
-               p.settle();
-             }
-             p.staged.clear();
-           })
+      .def("settle", &StagedProgram::settle, py::call_guard<py::gil_scoped_release>())
       .def("profile", &StagedProgram::profile, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("graph_nodes", &StagedProgram::graph_nodes)
       .def(

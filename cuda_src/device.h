@@ -42,8 +42,10 @@ class Plan {
   virtual const std::byte* output(int index) = 0;
   // Begins to fill rows of an input, and to send to the device what was filled, no more: a picture may be
   // smaller than its row. Where other threads do it, they are done after settle(), which run() does too, as
-  // does stage() of any plan of the device; until then `rows` must not change, other inputs may. run() sends
-  // all inputs but the one that was staged last, if no plan of the device ran since.
+  // does stage() of any plan of the device; until then `rows` must not change, other inputs may. Rows in
+  // memory that the device reads itself (host_memory()) are not copied, and must stay until the input is
+  // staged again, and as they are until run() has returned. run() sends all inputs but the one that was
+  // staged last, if no plan of the device ran since.
   virtual void stage(int index, const std::vector<Bytes>& rows) = 0;
   virtual void settle() {}
   // Everything from the inputs to the outputs; returns when the outputs can be read. Allocates nothing.
@@ -62,6 +64,10 @@ class Device {
   virtual DType act() const = 0;  // what "act" means on this device: kF32 or kBF16
   // Zeroed memory, 256-byte aligned, owned by the device until it goes.
   virtual std::byte* allocate(size_t bytes) = 0;
+  // Zeroed memory of the host, of the kind that stage() need not copy where the device has such.
+  virtual std::shared_ptr<std::byte> host_memory(size_t bytes) const {
+    return {new std::byte[bytes](), std::default_delete<std::byte[]>()};
+  }
   virtual void write(std::byte* to, const void* from, size_t bytes) = 0;
   virtual void read(void* to, const std::byte* from, size_t bytes) = 0;
   // `rows` tells for how many rows of x the product is wanted first: the layout may depend on it.

@@ -153,6 +153,9 @@ void Engine::reserve(size_t arena_bytes) {
 }
 
 size_t Engine::weight_bytes() const { return impl_->device->weight_bytes() + impl_->stored_size; }
+std::shared_ptr<std::byte> Engine::host_memory(size_t bytes) const {
+  return impl_->device->host_memory(bytes);
+}
 size_t Engine::memory_in_use() const { return impl_->device->memory_in_use(); }
 double Engine::copy_rate(size_t bytes) { return impl_->device->copy_rate(bytes); }
 size_t Engine::arena_bytes() const {

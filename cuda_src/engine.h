@@ -57,6 +57,8 @@ class VLA_API Engine {
   size_t arena_bytes() const;  // the arena, tables and scratch
   // Of the device, see Device.
   size_t memory_in_use() const;
+  // See Device::host_memory; outlives the engine.
+  std::shared_ptr<std::byte> host_memory(size_t bytes) const;
   double copy_rate(size_t bytes);
 
  private:

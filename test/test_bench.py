@@ -279,7 +279,7 @@ def test_fp8_beside_bfloat16(tmp_path: Path) -> None:
     """Scales from random inputs; the same program as the reference executor's, so nothing from it; two bytes a
     weight become one in vision and prefix alone."""
     torch_or_skip()
-    ckpt = read_checkpoint(GOLDEN / "smolvla")
+    ckpt = read_checkpoint(GOLDEN / "pi0")
     setup = Setup("reference", "fp8", 16, cameras=1, horizon=4, steps=2)
     plan = Plan(runs=2, warmup=0, baselines=[], pairs=2, compile_limit=1.0, samples=3, calibrate=True)
     report = command.bench(weight_reader(ckpt), ckpt, setup, plan, tmp_path)
@@ -304,15 +304,16 @@ def test_what_is_kept_out_of_fp8_is_as_in_bfloat16(tmp_path: Path) -> None:
     ckpt = read_checkpoint(GOLDEN / "smolvla")
     setup = Setup("reference", "fp8", 16, cameras=1, horizon=4, steps=1)
     found = {}
-    for keep in ((), ("vision_model",), ("vision_model", "connector", "text_model")):
+    for keep in ((), ("vision_model",), ("vision_model", "connector")):
         plan = Plan(1, 0, [], 1, 1.0, samples=2, calibrate=True, keep=keep)
         found[keep] = command.bench(weight_reader(ckpt), ckpt, setup, plan, tmp_path)["against_bf16"]
     errors = [report["relative_l2"] for report in found.values()]
     assert errors[0] > errors[1] > errors[2] == 0
     kept = [set(report["kept"]) for report in found.values()]
-    assert set() == kept[0] < kept[1] < kept[2]
-    assert all("vision_model" in name for name in kept[1])
-    with pytest.raises(VlaInferError, match="--keep: no product has 'nothing' in its name"):
+    assert kept[0] < kept[1] < kept[2]
+    assert all("text_model" in name for name in kept[0]), "SmolVLA's language model is quicker in bfloat16"
+    assert all("vision_model" in name for name in kept[1] - kept[0])
+    with pytest.raises(VlaInferError, match="fp8: no product has 'nothing' in its name"):
         command.bench(
             weight_reader(ckpt), ckpt, setup, dataclasses.replace(plan, keep=("nothing",)), tmp_path
         )

@@ -188,6 +188,37 @@ def test_staged_pictures_are_those_filled_by_hand(threads: int) -> None:
         seen_already.append(staged)
 
 
+def test_pictures_that_the_gpu_reads_by_itself() -> None:
+    """Some of them or all, of several sizes, cut out of a larger one (copied then), run twice, and where the other
+    program of the policy runs between: the bits of pictures that are copied."""
+    m = golden_model("smolvla")
+    policy = load_policy(m.ckpt.path, device="cuda", precision="bf16")
+    random = np.random.default_rng(0)
+    state = random.standard_normal(policy.info.state_dim).astype(np.float32)
+    tasks = ("pick up the cube", "a much longer instruction that needs a bucket of its own, surely")
+    for turn, (height, width) in enumerate(
+        ((480, 640), (37, 51), (1080, 1920), (1, 1), (241, 333), (480, 640))
+    ):
+        noise = random.standard_normal((policy.info.horizon, 32), np.float32)
+        usual, read = {}, {}
+        for i, camera in enumerate(policy.info.cameras):
+            usual[camera] = random.integers(0, 256, (height, width, 3), np.uint8)
+            place = policy.picture_memory(height, width + (9 if turn == 4 else 0))[:, :width]
+            place[...] = usual[camera]
+            read[camera] = usual[camera] if turn % 3 == i + 1 else place
+        want = policy.predict(usual, state, tasks[0], noise=noise)
+        made = policy._program(len(policy._processors.encode(state, tasks[0]).tokens))
+        made.inputs["frames"][...] = 77
+        np.testing.assert_array_equal(policy.predict(read, state, tasks[0], noise=noise), want)
+        made.run()
+        np.testing.assert_array_equal(policy._processors.decode(made.result("actions"), state), want)
+        other = policy._program(len(policy._processors.encode(state, tasks[1]).tokens))
+        assert other is not made
+        other.run()
+        made.run()
+        np.testing.assert_array_equal(policy._processors.decode(made.result("actions"), state), want)
+
+
 def test_float32_is_refused() -> None:
     m = golden_model("smolvla")
     with pytest.raises(EngineError, match=r"precision 'fp32': expected 'bf16'"):

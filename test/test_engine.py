@@ -116,6 +116,16 @@ def test_stage_fills_rows() -> None:
     np.testing.assert_array_equal(frames, want)
 
 
+def test_host_memory_outlives_the_engine() -> None:
+    engine = Engine([make(image_patches, 0).tape], lambda name: np.empty(0), threads=1)
+    memory = engine.host_memory((4, 1000))
+    other = engine.host_memory((4, 1000))
+    del engine
+    memory[...] = 5
+    assert (memory == 5).all()
+    assert not other.any()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -92,6 +92,20 @@ def test_strided_and_larger_images(policy: Policy, golden: Golden) -> None:
     np.testing.assert_array_equal(first, second)
 
 
+def test_pictures_in_picture_memory(policy: Policy, golden: Golden) -> None:
+    images, state = observe(golden)
+    noise = golden["noise"][0]
+    pictures = {}
+    for camera, picture in images.items():
+        pictures[camera] = place = policy.picture_memory(*picture.shape[:2])
+        assert place.shape == picture.shape
+        assert place.dtype == np.uint8
+        assert not place.any()
+        place[...] = picture
+    want = policy.predict(images, state, TASK, noise=noise)
+    np.testing.assert_array_equal(policy.predict(pictures, state, TASK, noise=noise), want)
+
+
 def test_threads_take_turns(policy: Policy, golden: Golden) -> None:
     images, state = observe(golden)
     noises = np.random.default_rng(1).standard_normal((4, *golden["noise"][0].shape)).astype(np.float32)
@@ -139,6 +153,8 @@ def test_closed(golden: Golden) -> None:
     images, state = observe(golden)
     with pytest.raises(EngineError, match="after close"):
         policy.predict(images, state, TASK)
+    with pytest.raises(EngineError, match="after close"):
+        policy.picture_memory(4, 4)
 
 
 def test_closing_gives_the_memory_back_at_once(golden: Golden) -> None:

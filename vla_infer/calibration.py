@@ -24,12 +24,13 @@ from vla_infer.fp8 import (
     hash_weights,
     in_fp8,
     key,
+    named,
     products,
     scale_of,
     weight_files,
 )
 from vla_infer.inputs import Arrays, TapeObservation, empty_inputs, fill_inputs
-from vla_infer.models import FAMILIES
+from vla_infer.models import BF16_IN_FP8, FAMILIES
 from vla_infer.models.layers import UNSEEN
 from vla_infer.policy import check_weights, prompt_buckets, weight_reader
 from vla_infer.processors import Encoded, build_processors
@@ -113,6 +114,7 @@ class Calibration:
         self._frame_bytes = max(image.size for o in observations for image in o.images.values())
         self.tape = self._tape(self._processors.max_tokens)
         check_weights(ckpt, self.tape)
+        self._bf16 = named(self.tape, BF16_IN_FP8.get(ckpt.family, ()))
         self._plain: dict[int, Actions] = {}
         # called before each run; what it raises ends a calibration
         self.proceed: Callable[[], object] = lambda: None
@@ -173,7 +175,8 @@ class Calibration:
         return errors_of([(self.plain(i), self.run(i, scales)) for i in indices])
 
     def calibrate(self, *, kept: Sequence[str] = ()) -> Scales:
-        """Scales from the observations, and the errors they leave. kept: keys of what stays in bfloat16."""
+        """Scales from the observations, and the errors they leave. kept: keys of what stays in bfloat16, beside what
+        does in every policy of the family (`BF16_IN_FP8`)."""
         seen, unseen = split(len(self.observations))
         scales = self.magnitudes(seen).scales(samples=len(seen))
         weights = hash_weights(weight_files(self.ckpt))
@@ -182,7 +185,8 @@ class Calibration:
     def measured(self, scales: Scales, kept: Sequence[str]) -> Scales:
         """The same scales with `kept` in bfloat16, and the errors of that."""
         seen, unseen = split(len(self.observations))
-        scales = replace(scales, bf16=tuple(kept))
+        both = {*self._bf16, *kept}
+        scales = replace(scales, bf16=tuple(name for name in products(self.tape) if name in both))
         of_unseen = self.errors(unseen, scales) if unseen else None
         return replace(scales, seen=self.errors(seen, scales), unseen=of_unseen)
 
@@ -231,13 +235,13 @@ class Runner(Calibration):
         return found
 
     def layers(self, scales: Scales, *, most: int = 8) -> dict[str, Errors]:
-        """What each product adds alone, all others being in bfloat16, over up to `most` observations, spread evenly;
-        the worst first."""
+        """What each product that may be in fp8 adds alone, all others being in bfloat16, over up to `most`
+        observations, spread evenly; the worst first."""
         count = len(self.observations)
         indices = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
         names = products(self.tape)
         found = {}
-        for name in names:
+        for name in (name for name in names if name not in self._bf16):
             others = tuple(other for other in names if other != name)
             found[name] = self.errors(indices, replace(scales, bf16=others))
         return dict(sorted(found.items(), key=lambda item: -item[1].relative_l2))

@@ -5,6 +5,7 @@ The tapes of one policy differ only in how many prompt tokens they take; they sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -114,14 +115,15 @@ class Program:
         covers, such as a row that is None or not given, is undefined in the next `run`.
 
         On a GPU other threads copy, and what was copied is sent at once: until `settle` or `run` returns, the arrays
-        must stay as they are, and this input must not be filled by hand; others can be.
+        must stay as they are, and this input must not be filled by hand; others can be. Arrays of
+        `Engine.host_memory` are not copied: the GPU reads them, until `run` returns.
         Raises EngineError for an array of another type, or longer than a row.
         """
         dense = [None if row is None else np.ascontiguousarray(row) for row in rows]
         self._native.stage(self._index[name], dense)
 
     def settle(self) -> None:
-        """Return when the arrays given to `stage` are no longer needed. Raises as `run`."""
+        """Return when arrays given to `stage` may change, but those of `Engine.host_memory`. Raises as `run`."""
         self._native.settle()
 
     def run(self, times: int = 1) -> None:
@@ -228,6 +230,11 @@ class Engine:
     def memory_in_use(self) -> int:
         """Bytes of the GPU's memory that are in use, by every program on it; 0 on a CPU."""
         return int(self._native.memory_in_use)
+
+    def host_memory(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """Zeros in memory that a GPU reads by itself, so that `Program.stage` has nothing to copy; on a CPU in usual
+        memory. It outlives the engine. Raises EngineError where there is no room."""
+        return self._native.host_memory(math.prod(shape)).reshape(shape)
 
     def copy_rate(self, size: int) -> float:
         """Bytes a second, read and written, of copies of `size` bytes within the GPU's memory; 0 on a CPU."""

@@ -65,6 +65,10 @@ class CalibratingPolicy:
     def seed(self, value: int) -> None:
         self._policy.seed(value)
 
+    def picture_memory(self, height: int, width: int) -> npt.NDArray[np.uint8]:
+        """As `Policy.picture_memory`; it is good for the policy in fp8, too."""
+        return self._current().picture_memory(height, width)
+
     def predict(
         self,
         images: Mapping[str, npt.NDArray[np.uint8]],

@@ -135,6 +135,20 @@ class Policy:
         with self._lock:
             self._generator = np.random.default_rng(value)
 
+    def picture_memory(self, height: int, width: int) -> Image:
+        """An array (height, width, 3) to write a camera's pictures to, zeros, that a GPU reads by itself: `predict` has
+        nothing to copy then. The caller's to keep, even after `close`.
+
+        It must not change while `predict` runs, so who receives pictures meanwhile needs two. Pinned memory is
+        scarce and slow to get: ask for it once, not for every picture.
+
+        Raises EngineError: the policy is closed, or there is no room.
+        """
+        with self._lock:
+            if self._engine is None:
+                raise EngineError("policy: picture_memory() after close()")
+            return self._engine.host_memory((height, width, 3))
+
     def predict(
         self,
         images: Mapping[str, Image],

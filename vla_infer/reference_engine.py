@@ -85,6 +85,10 @@ class ReferenceEngine:
             first = first or executor
             self.programs.append(ReferenceProgram(executor, tape))
 
+    def host_memory(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """As `engine.Engine.host_memory`, in usual memory."""
+        return np.zeros(shape, np.uint8)
+
 
 def make_engine(
     tapes: Sequence[Tape],

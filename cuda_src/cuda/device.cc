@@ -56,6 +56,11 @@ class CudaDevice final : public Device {
     VLA_CHECK(cudaStreamSynchronize(nullptr), "clearing memory");
     return p;
   }
+  std::shared_ptr<std::byte> host_memory(size_t bytes) const override {
+    const auto pinned = std::make_shared<Pinned>(bytes);
+    std::memset(pinned->data(), 0, bytes);
+    return {pinned, pinned->data()};
+  }
   void write(std::byte* to, const void* from, size_t bytes) override { upload(to, from, 1, bytes, bytes); }
   void read(void* to, const std::byte* from, size_t bytes) override {
     VLA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, context_.stream), "reading");

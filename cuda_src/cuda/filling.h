@@ -64,10 +64,11 @@ class Filling {
   }
   void begin(cudaStream_t stream, const void* input) {
     stream_ = stream;
+    sent_ = input;
+    if (slices_.empty()) return;
     // made here, with the priority of who infers: who loads a policy may have a lower one
     if (!threads_) threads_.emplace(count_, Threads::Bound::kNowhere);
     threads_->start(static_cast<int>(slices_.size()), send_);
-    sent_ = input;
   }
   // The caller copies too; returns when every slice is on its way in the stream.
   void finish() {

@@ -36,15 +36,27 @@ __global__ void move_rows(const __grid_constant__ Moves moves) {
   }
 }
 
+// Whether the copy engine can read memory of the host where it is.
+bool is_pinned(const Bytes& b) {
+  for (const std::byte* p : {b.data, b.data + b.size - 1}) {
+    cudaPointerAttributes is;
+    if (cudaPointerGetAttributes(&is, p) != cudaSuccess) return cudaGetLastError(), false;
+    if (is.type != cudaMemoryTypeHost) return false;
+  }
+  return true;
+}
+
 struct Port {
   View view;
   std::unique_ptr<Pinned> host;  // (rows, ld): as the view is strided
+  std::vector<Bytes> elsewhere;  // rows whose bytes are in pinned memory of the caller's, no data for others
   size_t row_bytes;
   bool by_kernel;
 
   explicit Port(const View& v)
       : view(v),
         host(std::make_unique<Pinned>(v.rows * v.ld * size_of(v.dtype))),
+        elsewhere(static_cast<size_t>(v.rows)),
         row_bytes(v.cols * size_of(v.dtype)),
         by_kernel(v.rows * row_bytes <= kMovedByKernel && row_bytes % 4 == 0 && stride() % 4 == 0 &&
                   reinterpret_cast<uintptr_t>(v.base) % 4 == 0) {
@@ -113,14 +125,18 @@ class CudaPlan final : public Plan {
   const std::byte* output(int index) override { return outputs_.at(index).host->data(); }
 
   void stage(int index, const std::vector<Bytes>& rows) override {
-    const Port& p = inputs_.at(index);
+    Port& p = inputs_.at(index);
     Filling& filling = *context_.filling;
     filling.clear();
+    std::fill(p.elsewhere.begin(), p.elsewhere.end(), Bytes{});
     for (size_t i = 0; i < rows.size(); ++i) {
       std::byte* to = p.host->data() + i * p.stride();
-      if (!rows[i].data) continue;
+      if (!rows[i].data || rows[i].size == 0) continue;
       if (p.by_kernel) {
         std::memcpy(to, rows[i].data, rows[i].size);
+      } else if (is_pinned(rows[i])) {
+        p.elsewhere[i] = rows[i];
+        send(p, i);
       } else {
         filling.add(rows[i].data, to, p.view.base + i * p.stride(), rows[i].size);
       }
@@ -143,6 +159,7 @@ class CudaPlan final : public Plan {
         VLA_CHECK(cudaMemcpy2DAsync(p.view.base, p.stride(), p.host->data(), p.stride(), p.row_bytes,
                                     p.view.rows, cudaMemcpyHostToDevice, context_.stream),
                   "copying an input");
+        for (size_t i = 0; i < p.elsewhere.size(); ++i) send(p, i);
       }
     }
     VLA_CHECK(cudaGraphLaunch(graph_, context_.stream), "running");
@@ -159,6 +176,15 @@ class CudaPlan final : public Plan {
   }
 
  private:
+  // A row that the copy engine reads where the caller has it.
+  void send(const Port& p, size_t row) {
+    const Bytes& from = p.elsewhere[row];
+    if (!from.data) return;
+    VLA_CHECK(cudaMemcpyAsync(p.view.base + row * p.stride(), from.data, from.size, cudaMemcpyHostToDevice,
+                              context_.stream),
+              "copying an input");
+  }
+
   void move(const std::vector<Port>& ports, bool in, bool& first) {
     Moves moves;
     const auto flush = [&] {

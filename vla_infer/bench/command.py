@@ -34,6 +34,7 @@ from vla_infer.bench.setups import (
     Plan,
     ReadWeight,
     Setup,
+    in_host_memory,
     infer,
     make_tape,
     policy_tape,
@@ -43,7 +44,7 @@ from vla_infer.checkpoint import Checkpoint, read_checkpoint
 from vla_infer.engine import PRECISIONS, Engine
 from vla_infer.errors import EngineError, VlaInferError
 from vla_infer.inputs import Arrays
-from vla_infer.models import FAMILIES
+from vla_infer.models import BF16_IN_FP8, FAMILIES
 from vla_infer.policy import weight_reader
 from vla_infer.random_checkpoint import random_policy
 from vla_infer.reference_engine import make_engine
@@ -79,7 +80,9 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     eight: fp8.Calibrated | None = None
     if setup.precision == "fp8":
         eight = (
-            fp8.of_inputs(tape, read, draw, setup.device, keep=plan.keep)
+            fp8.of_inputs(
+                tape, read, draw, setup.device, keep=(*BF16_IN_FP8.get(ckpt.family, ()), *plan.keep)
+            )
             if plan.calibrate
             else fp8.of_file(ckpt, policy_tape(ckpt, setup), setup.device)
         )
@@ -127,6 +130,11 @@ def bench(read: ReadWeight, ckpt: Checkpoint, setup: Setup, plan: Plan, scratch:
     if ceilings:
         report["ceilings"] = ceilings.json()
     if isinstance(engine, Engine) and engine.programs[0].graph_nodes:
+        where_read = [in_host_memory(engine, inputs) for inputs in sets]
+        calls = measure(
+            lambda i: infer(program, where_read[i % INPUT_SETS]), runs=plan.runs, warmup=plan.warmup
+        )
+        report["pinned_call_ms"] = percentiles(calls)
         report["graph_nodes"] = engine.programs[0].graph_nodes
         report["gpu_memory_mb"] = round(engine.memory_in_use / 1e6, 1)
     report["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)

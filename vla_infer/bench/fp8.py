@@ -16,8 +16,7 @@ from vla_infer.bench.setups import Actions, Plan, Program, ReadWeight, Setup, in
 from vla_infer.calibration import Actions as Pair
 from vla_infer.calibration import Magnitudes, errors_of
 from vla_infer.checkpoint import Checkpoint
-from vla_infer.errors import VlaInferError
-from vla_infer.fp8 import FILE, Scales, policy_scales, products
+from vla_infer.fp8 import FILE, Scales, named, policy_scales
 from vla_infer.inputs import Arrays
 from vla_infer.reference_engine import import_reference, make_engine
 from vla_infer.tape import Tape
@@ -52,26 +51,15 @@ def of_file(ckpt: Checkpoint, tape: Tape, device: str) -> Calibrated:
     return Calibrated(policy_scales(ckpt, [tape], device=device), FILE)
 
 
-def kept_products(tape: Tape, parts: Sequence[str]) -> tuple[str, ...]:
-    """The products whose names contain one of `parts`. Raises VlaInferError for a part that no name contains."""
-    names = products(tape)
-    for part in parts:
-        if not any(part in name for name in names):
-            raise VlaInferError(
-                f"bench: --keep: no product has {part!r} in its name; one of them: {names[0]}"
-            )
-    return tuple(name for name in names if any(part in name for part in parts))
-
-
 def of_inputs(
     tape: Tape, read: ReadWeight, draw: Draw, device: str, *, keep: Sequence[str] = ()
 ) -> Calibrated:
     """Scales from random inputs on the reference executor, in bfloat16 where `device` is; the products that `keep`
-    names (`kept_products`) stay in bfloat16.
+    names (`fp8.named`) stay in bfloat16.
 
     Raises EngineError where PyTorch is missing.
     """
-    kept = kept_products(tape, keep)
+    kept = named(tape, keep)
     name, _, place = device.partition(":")
     executor_of = import_reference("bench: --precision fp8: scales for random weights:")
     executor = executor_of(tape, read, "bf16", device=device if name == "cuda" else place or "cpu")

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+_CALLS = {
+    "call_ms": "whole call",
+    "pinned_call_ms": "whole call, pictures in memory that the GPU reads",
+    "engine_ms": "engine",
+}
+
 
 def _row(*cells: object) -> str:
     return "| " + " | ".join(str(c) for c in cells) + " |"
@@ -30,9 +36,9 @@ def markdown(report: dict[str, Any]) -> str:
         ),
     ]
     lines += _head("ms", "p50", "p95", "p99", "max")
-    for name in ("call", "engine"):
-        times = [f"{v:.2f}" for v in report[f"{name}_ms"].values()]
-        lines.append(_row("whole call" if name == "call" else name, *times))
+    for name, what in _CALLS.items():
+        if name in report:
+            lines.append(_row(what, *(f"{v:.2f}" for v in report[name].values())))
     lines += _stages(report["stages"], report.get("ceilings"))
     if "against_bf16" in report:
         lines += _against_bf16(report)

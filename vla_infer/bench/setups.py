@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_infer.checkpoint import Checkpoint
+from vla_infer.engine import Engine
 from vla_infer.engine import Program as EngineProgram
 from vla_infer.errors import VlaInferError
 from vla_infer.inputs import Arrays, TapeObservation, empty_inputs, fill_inputs
@@ -103,6 +104,13 @@ def infer(program: Program, inputs: Arrays) -> Actions:
     if not np.isfinite(actions).all():
         raise VlaInferError("bench: actions that are not finite")
     return actions
+
+
+def in_host_memory(engine: Engine, inputs: Arrays) -> Arrays:
+    """A set of inputs whose pictures are where the device reads them by itself (`Policy.picture_memory`)."""
+    frames = engine.host_memory(inputs["frames"].shape)
+    frames[...] = inputs["frames"]
+    return {**inputs, "frames": frames}
 
 
 def pooled_reader(ckpt: Checkpoint) -> ReadWeight:
