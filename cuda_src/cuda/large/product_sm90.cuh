@@ -81,6 +81,11 @@ struct Shape {
   static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
   // Registers of a thread that multiplies; the others give theirs away. 255: none are moved.
   static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
+  // Of a thread of the others: what a block starts with (168 for each of 384 threads, 128 of 512) has to do
+  // for all, or those that multiply wait for ever.
+  static constexpr int kRegistersLeft = GROUPS == 3 ? 32 : 24;
+  static_assert(GROUPS == 1 ||
+                128 * (GROUPS * kRegisters + kRegistersLeft) <= kThreads * (GROUPS == 3 ? 128 : 168));
 };
 
 __device__ __forceinline__ void meet() {
@@ -140,40 +145,55 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
   pdl_trigger();
 
   if (group == GROUPS) {
-    if constexpr (S::kRegisters < 255) registers_down<24>();
+    if constexpr (S::kRegisters < 255) registers_down<S::kRegistersLeft>();
     if (threadIdx.x == GROUPS * 128) {
       tma_prefetch_map(&map_a);
       tma_prefetch_map(&map_w);
-      const auto load_a = [&](int s, int tile, int slice) {
-        const int row = tile % g.tiles_m * S::kRows;
+      // Where a tile begins is found once for all its slices: the divisions take as long as loading one.
+      int row = 0, column = 0;
+      [[maybe_unused]] Columns units[COLUMNS / 64 + 1];
+      const auto begin = [&](int tile) {
+        row = tile % g.tiles_m * S::kRows;
+        column = tile / g.tiles_m;
+        if (g.box != COLUMNS) {
+#pragma unroll
+          for (int u = 0; u < COLUMNS / 64; ++u) units[u] = columns_of(p, column * (COLUMNS / 64) + u);
+        }
+        column *= COLUMNS;
+      };
+      const auto load_a = [&](int s, int slice) {
         const uint32_t to = ring + s * (S::kBytesA + S::kBytesW);
         tma_load(to, &map_a, full + 8 * s, slice * kSlice<E>, row);
       };
-      const auto load_w = [&](int s, int tile, int slice) {
-        const int column = tile / g.tiles_m;
+      const auto load_w = [&](int s, int slice) {
         const uint32_t to = ring + s * (S::kBytesA + S::kBytesW) + S::kBytesA;
         barrier_expect(full + 8 * s, S::kBytesA + S::kBytesW);
         if (g.box == COLUMNS) {
-          tma_load(to, &map_w, full + 8 * s, slice * kSlice<E>, column * COLUMNS);
+          tma_load(to, &map_w, full + 8 * s, slice * kSlice<E>, column);
           return;
         }
+#pragma unroll
         for (int u = 0; u < COLUMNS / 64; ++u) {
-          const Columns c = columns_of(p, column * (COLUMNS / 64) + u);
-          tma_load(to + u * 8192, &map_w, full + 8 * s, slice * kSlice<E>, c.first);
-          tma_load(to + u * 8192 + 4096, &map_w, full + 8 * s, slice * kSlice<E>, c.second);
+          tma_load(to + u * 8192, &map_w, full + 8 * s, slice * kSlice<E>, units[u].first);
+          tma_load(to + u * 8192 + 4096, &map_w, full + 8 * s, slice * kSlice<E>, units[u].second);
         }
       };
       // Weights do not depend on what ran before: the first of them are asked for before the wait.
       const int early = min(kStages, first < tiles ? slice1 - slice0 : 0);
-      for (int i = 0; i < early; ++i) load_w(i, first, slice0 + i);
+      begin(first);
+#pragma unroll 1
+      for (int i = 0; i < early; ++i) load_w(i, slice0 + i);
       pdl_wait();
-      for (int i = 0; i < early; ++i) load_a(i, first, slice0 + i);
+#pragma unroll 1
+      for (int i = 0; i < early; ++i) load_a(i, slice0 + i);
       int s = early % kStages, parity = early == kStages ? 0 : 1;
       for (int tile = first; tile < tiles; tile += blocks) {
+        if (tile != first) begin(tile);
+#pragma unroll 1
         for (int i = tile == first ? slice0 + early : slice0; i < slice1; ++i) {
           barrier_wait(empty + 8 * s, parity);
-          load_w(s, tile, i);
-          load_a(s, tile, i);
+          load_w(s, i);
+          load_a(s, i);
           if (++s == kStages) s = 0, parity ^= 1;
         }
       }
@@ -199,7 +219,9 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       if constexpr (kScaled) {
         if (threadIdx.x < COLUMNS) my_scale = scale_in_tile(p, unit, threadIdx.x);
       }
+      constexpr bool kEarly = COLUMNS <= 64;  // few sums leave registers for what their end reads
       Ahead ahead;
+      if constexpr (!SPLIT && kEarly) ahead = look_ahead(p, row0, unit);
       float c[COLUMNS / 2];
       [[maybe_unused]] float total[PROMOTE ? COLUMNS / 2 : 1];
       if constexpr (PROMOTE > 0) {
@@ -243,7 +265,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 #pragma unroll
         for (int e = 0; e < COLUMNS / 2; ++e) c[e] = total[e];
       }
-      if (!SPLIT) ahead = look_ahead(p, row0, unit);
+      if constexpr (!SPLIT && !kEarly) ahead = look_ahead(p, row0, unit);
       if constexpr (PROMOTE == 0) {
         wgmma_wait<0>();
         release(before);
