@@ -496,6 +496,11 @@ void check_everything() {
     check_attention(how, {.m = 256, .n = 256, .heads = 16, .kv = 16, .d = 72, .batch = 2, .pad = 0}, l);
     check_attention(how, {.m = 177, .n = 177, .heads = 15, .kv = 5, .d = 64, .blocks = true}, l);
     check_attention(how, {.m = 560, .n = 560, .heads = 8, .kv = 1, .d = 256, .blocks = true, .pad = 0}, l);
+    check_attention(how, {.m = 304, .n = 304, .heads = 8, .kv = 1, .d = 256, .batch = 1, .blocks = true}, l);
+    check_attention(how, {.m = 21, .n = 576, .heads = 8, .kv = 2, .d = 256, .batch = 2, .blocks = true}, l);
+    check_attention(how, {.m = 75, .n = 545, .heads = 3, .kv = 3, .d = 136, .batch = 2}, l);
+    check_attention(how, {.m = 30, .n = 97, .heads = 4, .kv = 2, .d = 256, .blocks = true}, l);
+    check_attention(how, {.m = 11, .n = 577, .heads = 8, .kv = 1, .d = 256}, l);
     check_attention(how, {.m = 70, .n = 33, .heads = 2, .kv = 1, .d = 128, .batch = 3, .blocks = true}, l);
     check_attention(how, {.m = 65, .n = 70, .heads = 2, .kv = 2, .d = 36, .batch = 2, .pad = 1}, l);
     check_attention(how, {.m = 16, .n = 16, .heads = 2, .kv = 2, .d = 72, .batch = 2}, l);

@@ -29,5 +29,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 cudaError_t attention_sm80(const Queries& p, const Launch& at);
 cudaError_t attention_sm90(const Queries& p, const Launch& at);  // head_dim of 64 to 256, wide
+// The same for what fits: head_dim of 129 to 256, at most 576 keys, heads and rows for one round of blocks.
+bool fits_attention_pairs(const Queries& p, int sms);
+cudaError_t attention_pairs_sm90(const Queries& p, const Launch& at);
 
 }  // namespace vla::cuda

@@ -285,7 +285,7 @@ cudaError_t attention_sm90(const Queries& p, const Launch& at) {
   }
   if (p.head_dim <= 80) return run<80, 2, false>(p, at);
   if (p.head_dim <= 128) return run<128, 2, false>(p, at);
-  return run<256, 2, false>(p, at);
+  return fits_attention_pairs(p, at.sms) ? attention_pairs_sm90(p, at) : run<256, 2, false>(p, at);
 }
 
 }  // namespace vla::cuda

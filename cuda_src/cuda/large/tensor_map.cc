@@ -51,11 +51,11 @@ cudaError_t tensor_map_bytes(CUtensorMap* map, const void* base, int rows, int c
 }
 
 cudaError_t tensor_map_heads(CUtensorMap* map, const __nv_bfloat16* base, int rows, int heads, int d,
-                             int64_t ld, int box_rows) {
+                             int64_t ld, int box_rows, int box_heads) {
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(d), static_cast<cuuint64_t>(heads),
                                static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(d) * 2, static_cast<cuuint64_t>(ld) * 2};
-  const cuuint32_t box[3] = {64, 1, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_heads), static_cast<cuuint32_t>(box_rows)};
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 3, sizes, strides, box);
 }
 

@@ -15,8 +15,8 @@ cudaError_t tensor_map(CUtensorMap* map, const __nv_bfloat16* base, int rows, in
 // A matrix of bytes (rows, cols) read in boxes of box_rows x 128.
 cudaError_t tensor_map_bytes(CUtensorMap* map, const void* base, int rows, int cols, int64_t ld,
                              int box_rows);
-// A matrix (rows, heads * d) read in boxes of box_rows x 64 of one head; columns beyond d are zeros.
+// A matrix (rows, heads * d) read in boxes of box_rows x box_heads x 64; columns beyond d are zeros.
 cudaError_t tensor_map_heads(CUtensorMap* map, const __nv_bfloat16* base, int rows, int heads, int d,
-                             int64_t ld, int box_rows);
+                             int64_t ld, int box_rows, int box_heads = 1);
 
 }  // namespace vla::cuda

@@ -88,6 +88,32 @@ __device__ __forceinline__ float4 cluster_load4(uint32_t address) {
 #endif
   return v;
 }
+// Four numbers, or two, to the memory of another block of the cluster, which counts their bytes at `barrier`.
+__device__ __forceinline__ void give4(uint32_t to, uint32_t barrier, const float* v) {
+#if VLA_SM90
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(to),
+      "r"(barrier), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+      : "memory");
+#else
+  (void)to, (void)barrier, (void)v;
+#endif
+}
+__device__ __forceinline__ void give2(uint32_t to, uint32_t barrier, float2 v) {
+#if VLA_SM90
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];" ::"r"(to),
+               "r"(barrier), "f"(v.x), "f"(v.y)
+               : "memory");
+#else
+  (void)to, (void)barrier, (void)v;
+#endif
+}
+// Arrives at the cluster's barrier without publishing anything, which would wait for all that was written.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if VLA_SM90
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank = 0;
 #if VLA_SM90
