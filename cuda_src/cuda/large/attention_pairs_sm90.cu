@@ -24,7 +24,7 @@ constexpr int kRows = 72, kColumns = 256, kGroups = 4, kThreads = 128 * kGroups;
 constexpr int kBlocks = kRows / 8, kValues = kRows / 2;  // of 8 queries; sums of a thread
 constexpr int kUnit = 32, kTileKeys = 64, kTiles = 5;    // keys are dealt out by units; the last tile is one
 constexpr int kMostUnits = 2 * kTiles - 1;               // of a block
-constexpr int kOwn = 5;                                  // of the 8-query blocks, finished by the first block
+constexpr int kOwn = (kBlocks + 1) / 2;                  // of the 8-query blocks, finished by the first block
 constexpr int kBoxQ = kRows * 128, kBox = kTileKeys * 128;  // bytes of 64 columns
 constexpr int kSlot = kColumns / 64 * kBox;                 // a tile of keys or values
 constexpr int kTileP = kRows * 128;                         // weights of 64 keys
