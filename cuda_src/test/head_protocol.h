@@ -185,11 +185,15 @@ class Play {
   // ---- roles, as in block.cuh, spread.cuh, split.cuh and attention.cuh
   Agent feeder(int cta) {
     Cta& me = ctas_[cta];
-    int slot = 0, parity = 0;
+    int slot = 0, parity = 0, keys_parity = 0;
     for (int step = 0; step < t_.steps; ++step)
       for (int i = 0; i < t_.phases; ++i) {
         const Phase& p = t_.phase[i];
         const Share s = share_of(p, cta);
+        if (p.kind == Kind::kAttention && is_busy(p, cta, t_.rows)) {
+          co_await wait(me.keys[0], keys_parity);
+          keys_parity ^= 1;
+        }
         for (int c = s.first; c < s.last; c += p.stage_chunks) {
           const int bytes = std::min(p.stage_chunks, s.last - c) * p.tile_rows * kChunkBytes;
           if (bytes > t_.stage) throw Wrong{"a stage that is larger than a slot"};
@@ -353,6 +357,10 @@ class Play {
         int before = -1;
         std::vector<int> read;
         for (int stage = group; stage < (group < turns ? stages : 0); stage += turns) {
+          if (before >= 0 && !me.full[at].passed(its)) {  // the slot goes back before a wait
+            for (int k = 0; k < 4; ++k) me.empty[before].arrive();
+            before = -1;
+          }
           co_await wait(me.full[at], its);
           const int from = stage * p.stage_chunks;
           if (me.slot_tag[at] != (int64_t(step) * t_.phases + i) * 100 + s.first + from)

@@ -75,17 +75,42 @@ __device__ __forceinline__ Stage stage_of(const Phase& p, const Share& s, int st
           max(min(p.stage_chunks, s.last - first), 0) * chunk};
 }
 
+// By a whole warp, as wait_on(), but in place: a call there would cost the warps that multiply their uniform
+// registers.
+__device__ __forceinline__ void wait_here(uint32_t barrier, int parity, Watch& w, unsigned what,
+                                          unsigned detail) {
+  bool left = true;
+  unsigned tries = 0;
+  int64_t since = 0;
+#pragma unroll 1
+  while (__any_sync(0xffffffffu, left)) {
+    if (left && (w.over || try_wait(barrier, parity))) {
+      left = false;
+    } else if (left) {
+      enough(w, tries, since, what, detail, 0);
+    }
+  }
+}
+
 // A warp: this block's weights into the ring in the order of the table, as far ahead as it has room, a lane a
-// stage.
+// stage. What comes after attention waits for attention's keys: all of the ring is free then, and what is
+// asked for while other warps say that q, k and v are done makes their fence wait (by 0.8 us in pi0.5, for
+// weights that are needed 5 us later).
 __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
   Slot begin;  // the phase's first stage
+  int keys_parity = 0;
 #pragma unroll 1
   for (int step = 0; step < t.steps; ++step) {
 #pragma unroll 1
     for (int i = 0; i < t.phases; ++i) {
       const Phase& p = t.phase[i];
       const Share s = share_of(p, b.cta);
+      if (p.kind == Kind::kAttention && (t.parts & 4) && is_busy(p, b.cta, t.rows)) {
+        w.phase = 1 + step * t.phases + i;
+        wait_here(b.keys(0), keys_parity, w, kForKeys, 0);
+        keys_parity ^= 1;
+      }
       if (s.count() == 0) continue;
       w.phase = 1 + step * t.phases + i;
       const int stages = divide_up(s.count(), p.stage_chunks);
@@ -252,11 +277,18 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
                                          int first, Watch& w) {
   const bool weights = t.parts & 1;
   int before = -1;
-  bool there = !weights || (first < h.stages && try_wait(b.full(h.at.slot), h.at.parity));
+  bool there = !weights || (first < h.stages && ask(b.full(h.at.slot), h.at.parity));
 #pragma unroll 1
   for (int stage = first; stage < h.stages; stage += kStep) {
     const Slot at = h.at;
-    if (!__all_sync(0xffffffffu, there)) wait_on(b.full(at.slot), at.parity, w, kForWeights, at.slot);
+    if (!__all_sync(0xffffffffu, there)) {
+      if (before >= 0) {  // its slot is wanted for weights that are still to come
+        wgmma_wait<0>();
+        if (threadIdx.x % 32 == 0) barrier_arrive(b.empty(before));
+        before = -1;
+      }
+      wait_on(b.full(at.slot), at.parity, w, kForWeights, at.slot);
+    }
     const int chunk = stage * h.per_stage;
     uint32_t rows = h.ring + at.slot * h.stage, x = h.x + chunk * h.x_step;
     int left = min(h.per_stage, h.count - chunk);
@@ -270,7 +302,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Table& t, co
     } while (--left > 0);
     // asked while these products are on their way, used after them
     h.at.advance(kStep, h.slots);
-    there = !weights || (stage + kStep < h.stages && try_wait(b.full(h.at.slot), h.at.parity));
+    there = !weights || (stage + kStep < h.stages && ask(b.full(h.at.slot), h.at.parity));
     // all but the last chunk's have been read by this warp's part of the matrix unit, so the stage before has
     wgmma_wait<1>();
     if (before >= 0 && weights && threadIdx.x % 32 == 0) barrier_arrive(b.empty(before));

@@ -82,6 +82,22 @@ __device__ __forceinline__ bool try_wait(uint32_t barrier, int parity) {
 #endif
   return done != 0;
 }
+// The same, but at once: try_wait may put its warp to sleep for a while.
+__device__ __forceinline__ bool ask(uint32_t barrier, int parity) {
+  uint32_t done = 0;
+#if VLA_SM90
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+#else
+  (void)barrier, (void)parity;
+#endif
+  return done != 0;
+}
 // Out of line: where products are done every instruction that must be fetched counts.
 static __device__ __noinline__ bool wait_longer(uint32_t barrier, int parity, Watch w, unsigned what,
                                                 unsigned detail) {
