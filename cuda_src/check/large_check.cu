@@ -493,6 +493,8 @@ void check_everything() {
                           }()}) {
     const std::string how = l.arch == 90 ? "auto" : "sm86";
     check_attention(how, {.m = 1024, .n = 1024, .heads = 12, .kv = 12, .d = 64, .batch = 2}, l);
+    check_attention(how, {.m = 200, .n = 130, .heads = 40, .kv = 20, .d = 64, .batch = 3}, l);
+    check_attention(how, {.m = 1, .n = 257, .heads = 70, .kv = 70, .d = 56, .batch = 2, .pad = 0}, l);
     check_attention(how, {.m = 256, .n = 256, .heads = 16, .kv = 16, .d = 72, .batch = 2, .pad = 0}, l);
     check_attention(how, {.m = 177, .n = 177, .heads = 15, .kv = 5, .d = 64, .blocks = true}, l);
     check_attention(how, {.m = 560, .n = 560, .heads = 8, .kv = 1, .d = 256, .blocks = true, .pad = 0}, l);

@@ -13,7 +13,7 @@ wants() { [ "$what" = all ] || [ "$what" = "$1" ]; }
 if [ ! -x "$out/e4m3_check" ] || [ ! -x "$out/large_check" ] || [ ! -x "$out/large_time" ]; then
   flags="-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -lineinfo -I."
   jobs=""
-  for f in cuda/large/product_sm90_e4m3.cu cuda/large/product_sm90.cu cuda/large/attention_sm90.cu cuda/large/attention_pairs_sm90.cu cuda/large/attention.cu \
+  for f in cuda/large/product_sm90_e4m3.cu cuda/large/product_sm90.cu cuda/large/attention_sm90.cu cuda/large/attention_tiles_sm90.cu cuda/large/attention_pairs_sm90.cu cuda/large/attention.cu \
     cuda/large/product_sm80.cu cuda/large/rows.cu cuda/large/linear.cu cuda/large/image_patches.cu \
     cuda/large/tensor_map.cc check/promote.cu check/e4m3_check.cu check/e4m3_others.cu check/large_check.cu \
     check/large_time.cu; do

@@ -11,7 +11,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 flags="-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -lineinfo -I."
 jobs=""
-for f in cuda/prefix/kernel.cu cuda/prefix/build.cc cuda/large/attention.cu cuda/large/attention_sm90.cu cuda/large/attention_pairs_sm90.cu \
+for f in cuda/prefix/kernel.cu cuda/prefix/build.cc cuda/large/attention.cu cuda/large/attention_sm90.cu cuda/large/attention_tiles_sm90.cu cuda/large/attention_pairs_sm90.cu \
   cuda/large/linear.cu cuda/large/product_sm80.cu cuda/large/product_sm90.cu cuda/large/product_sm90_e4m3.cu \
   cuda/large/rows.cu cuda/large/tensor_map.cc test/prefix_check.cu test/prefix_time.cu; do
   o="$out/$(echo "$f" | tr / _).o"

@@ -1,12 +1,12 @@
 // Attention of many queries on Hopper.
 //
 // out (batch m, heads d) = softmax(q k^T / sqrt(d) + mask) v by head. Two warpgroups (wgmma); slices of 64
-// keys or values pass through rings in shared memory that the copy engine fills. SHARE: the warpgroups have
-// 64 queries each and one ring. Otherwise both have the same 64 queries, every other slice of the keys and a
-// ring each; their results are put together at the end, which halves the time of a block where blocks are
-// few. Heads that are no multiple of 64 are filled up with zeros by the copy engine. No warp is set aside for
-// loading: the register file is shared out evenly among a quarter's warps, and a ninth warp would cost the
-// others a third of theirs.
+// keys or values pass through rings in shared memory that the copy engine fills. Both have the same 64
+// queries, every other slice of the keys and a ring each; their results are put together at the end, which
+// halves the time of a block where blocks are few (where they are many: attention_tiles_sm90.cu). Heads that
+// are no multiple of 64 are filled up with zeros by the copy engine. No warp is set aside for loading: the
+// register file is shared out evenly among a quarter's warps, and a ninth warp would cost the others a third
+// of theirs.
 #include <cudaTypedefs.h>
 
 #include <cmath>
@@ -20,42 +20,41 @@ namespace {
 
 constexpr int kKeys = 64;
 
-template <int D, int GROUPS, bool SHARE>
+constexpr int kGroups = 2;
+
+template <int D>
 struct Shape {
   static constexpr int kBoxes = (D + 63) / 64;       // of 64 columns
   static constexpr int kBuffer = kBoxes * 64 * 128;  // 64 rows: a slice of keys or values, or 64 queries
-  static constexpr int kTiles = SHARE ? GROUPS : 1, kRings = SHARE ? 1 : GROUPS;
-  static constexpr int kBuffers = SHARE ? 4 + 3 * GROUPS : D == 256 ? 3 : D == 64 ? 6 : 4;  // of a ring
-  static constexpr int kRing = kTiles * kBuffer;
-  static constexpr int kBarriers = kRing + kRings * kBuffers * kBuffer;
-  static constexpr int kShared = kBarriers + 8 * (2 * kRings * kBuffers + 1);
-  static constexpr int kBlocks = !SHARE ? 1 : GROUPS == 1 ? 3 : 2;  // that a multiprocessor should hold
+  static constexpr int kBuffers = D == 256 ? 3 : D == 64 ? 6 : 4;  // of a ring
+  static constexpr int kBarriers = (1 + kGroups * kBuffers) * kBuffer;
+  static constexpr int kShared = kBarriers + 8 * (2 * kGroups * kBuffers + 1);
 };
 
-template <int D, int GROUPS, bool SHARE, bool E4M3>
-__global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks)
+template <int D, bool E4M3>
+__global__ void __launch_bounds__(128 * kGroups, 1)
     attention_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
                      const __grid_constant__ CUtensorMap map_v, const __grid_constant__ Queries p) {
 #if VLA_SM90A
-  using S = Shape<D, GROUPS, SHARE>;
+  using S = Shape<D>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = smem_address(shared), barriers = base + S::kBarriers;
   const auto full = [&](int ring, int buffer) { return barriers + 8 * (ring * S::kBuffers + buffer); };
   const auto empty = [&](int ring, int buffer) {
-    return barriers + 8 * ((S::kRings + ring) * S::kBuffers + buffer);
+    return barriers + 8 * ((kGroups + ring) * S::kBuffers + buffer);
   };
   const auto at = [&](int ring, int buffer) {
-    return base + S::kRing + (ring * S::kBuffers + buffer) * S::kBuffer;
+    return base + S::kBuffer + (ring * S::kBuffers + buffer) * S::kBuffer;
   };
-  const uint32_t queries = barriers + 8 * 2 * S::kRings * S::kBuffers;
+  const uint32_t queries = barriers + 8 * 2 * kGroups * S::kBuffers;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, group = warp / 4;
-  const int head = blockIdx.y, batch = blockIdx.z, q0 = blockIdx.x * kQueries * S::kTiles;
+  const int head = blockIdx.y, batch = blockIdx.z, q0 = blockIdx.x * kQueries;
   const int slices = ceil_div(p.n, kKeys);
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kRings * S::kBuffers; ++i) {
+    for (int i = 0; i < kGroups * S::kBuffers; ++i) {
       barrier_init(full(0, i), 1);
-      barrier_init(empty(0, i), 4 * S::kTiles);  // a warp arrives once
+      barrier_init(empty(0, i), 4);  // a warp arrives once
     }
     barrier_init(queries, 1);
     barrier_init_fence();
@@ -65,8 +64,7 @@ __global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks
   pdl_wait();
 
   // This thread's rows are r and r + 8 of its warpgroup's queries.
-  const int tile = SHARE ? group : 0, ring = SHARE ? 0 : group;
-  const int r = warp % 4 * 16 + lane / 4, row0 = q0 + tile * kQueries + r, q = lane & 3;
+  const int ring = group, r = warp % 4 * 16 + lane / 4, row0 = q0 + r, q = lane & 3;
   int seen_up_to[2] = {0, 0};
   if (p.q_block) {
 #pragma unroll
@@ -74,22 +72,20 @@ __global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks
   }
 
   // The ring's sequence is keys, values, keys, ... of its slices; number j is in buffer j % kBuffers.
-  const bool loads = SHARE ? threadIdx.x == 0 : threadIdx.x % 128 == 0;
+  const bool loads = threadIdx.x % 128 == 0;
   const auto load = [&](uint32_t to, const CUtensorMap* map, uint32_t barrier, int h, int row) {
     for (int c = 0; c < S::kBoxes; ++c) tma_load3(to + c * 8192, map, barrier, c * 64, h, row);
   };
   const auto fill = [&](int j) {
-    const int slice = ring + j / 2 * S::kRings, b = j % S::kBuffers;
+    const int slice = ring + j / 2 * kGroups, b = j % S::kBuffers;
     if (slice >= slices) return;
     if (j >= S::kBuffers) barrier_wait(empty(ring, b), (j / S::kBuffers - 1) & 1);
     barrier_expect(full(ring, b), S::kBuffer);
     load(at(ring, b), j % 2 ? &map_v : &map_k, full(ring, b), head / p.group, batch * p.n + slice * kKeys);
   };
   if (threadIdx.x == 0) {
-    barrier_expect(queries, S::kTiles * S::kBuffer);
-    for (int t = 0; t < S::kTiles; ++t) {
-      load(base + t * S::kBuffer, &map_q, queries, head, batch * p.m + q0 + t * kQueries);
-    }
+    barrier_expect(queries, S::kBuffer);
+    load(base, &map_q, queries, head, batch * p.m + q0);
   }
   if (loads) {
     for (int j = 0; j < S::kBuffers; ++j) fill(j);
@@ -102,16 +98,15 @@ __global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks
     if (lane == 0) barrier_arrive(empty(ring, j % S::kBuffers));
   };
   barrier_wait(queries, 0);
-  for (int j = 0; ring + j / 2 * S::kRings < slices; j += 2) {
-    const int slice = ring + j / 2 * S::kRings;
+  for (int j = 0; ring + j / 2 * kGroups < slices; j += 2) {
+    const int slice = ring + j / 2 * kGroups;
     float s[kKeys / 2];
     barrier_wait(full(ring, j % S::kBuffers), j / S::kBuffers & 1);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
       const uint32_t offset = kk / 4 * 8192 + kk % 4 * 32;
-      wgmma<kKeys>(s, wgmma_tile(base + tile * S::kBuffer + offset),
-                   wgmma_tile(at(ring, j % S::kBuffers) + offset), kk > 0);
+      wgmma<kKeys>(s, wgmma_tile(base + offset), wgmma_tile(at(ring, j % S::kBuffers) + offset), kk > 0);
     }
     wgmma_commit();
     if (loads && j > 0) fill(j - 1 + S::kBuffers);
@@ -191,77 +186,47 @@ __global__ void __launch_bounds__(128 * GROUPS, Shape<D, GROUPS, SHARE>::kBlocks
     total[h] += __shfl_xor_sync(0xffffffffu, total[h], 2);
     top[h] = top[h] == -INFINITY ? top[h] : top[h] * p.scale;
   }
-  if constexpr (!SHARE) {
-    // The second warpgroup leaves sums, maxima and totals where the queries and the ring were.
-    float* const sums = reinterpret_cast<float*>(shared);
-    float* const tops = sums + kQueries * D;
-    named_barrier(1, 128 * GROUPS);
-    if (group == 1) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int i = 0; i < D / 8; ++i) {
-          *reinterpret_cast<float2*>(sums + (r + 8 * h) * D + 8 * i + 2 * q) =
-              make_float2(out[4 * i + 2 * h], out[4 * i + 2 * h + 1]);
-        }
-        if (q == 0) {
-          tops[2 * (r + 8 * h)] = top[h];
-          tops[2 * (r + 8 * h) + 1] = total[h];
-        }
-      }
-    }
-    named_barrier(1, 128 * GROUPS);
-    if (group == 1) return;
+  // The second warpgroup leaves sums, maxima and totals where the queries and the ring were.
+  float* const sums = reinterpret_cast<float*>(shared);
+  float* const tops = sums + kQueries * D;
+  named_barrier(1, 128 * kGroups);
+  if (group == 1) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float other = tops[2 * (r + 8 * h)], other_total = tops[2 * (r + 8 * h) + 1];
-      const float high = fmaxf(top[h], other), shift = high == -INFINITY ? 0.0f : high;
-      const float mine = exp2_fast(top[h] - shift), theirs = exp2_fast(other - shift);
-      total[h] = total[h] * mine + other_total * theirs;
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
-        const float2 o = *reinterpret_cast<const float2*>(sums + (r + 8 * h) * D + 8 * i + 2 * q);
-        out[4 * i + 2 * h] = out[4 * i + 2 * h] * mine + o.x * theirs;
-        out[4 * i + 2 * h + 1] = out[4 * i + 2 * h + 1] * mine + o.y * theirs;
+        *reinterpret_cast<float2*>(sums + (r + 8 * h) * D + 8 * i + 2 * q) =
+            make_float2(out[4 * i + 2 * h], out[4 * i + 2 * h + 1]);
+      }
+      if (q == 0) {
+        tops[2 * (r + 8 * h)] = top[h];
+        tops[2 * (r + 8 * h) + 1] = total[h];
       }
     }
   }
+  named_barrier(1, 128 * kGroups);
+  if (group == 1) return;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int row = row0 + 8 * h;
-    if constexpr (E4M3) {
-      const float share = total[h] > 0.0f ? p.out_inverse / total[h] : 0.0f;
-      e4m3* const to = static_cast<e4m3*>(p.out) + (static_cast<int64_t>(batch) * p.m + row) * p.ldo +
-                       head * p.head_dim + q / 2 * 4;
-#pragma unroll
-      for (int i = 0; i < D / 8; i += 2) {
-        const auto pair = [&](int block) {
-          return pack_e4m3(out[4 * block + 2 * h] * share, out[4 * block + 2 * h + 1] * share);
-        };
-        const uint32_t four = join_e4m3(pair(i), pair(i + 1));
-        const int block = i + (q & 1);
-        if (row < p.m && 8 * block < p.head_dim) *reinterpret_cast<uint32_t*>(to + 8 * block) = four;
-      }
-      continue;
-    }
-    if (row >= p.m) continue;
-    const float share = total[h] > 0.0f ? 1.0f / total[h] : 0.0f;
-    bf16* const to = static_cast<bf16*>(p.out) + (static_cast<int64_t>(batch) * p.m + row) * p.ldo +
-                     head * p.head_dim + 2 * q;
+    const float other = tops[2 * (r + 8 * h)], other_total = tops[2 * (r + 8 * h) + 1];
+    const float high = fmaxf(top[h], other), shift = high == -INFINITY ? 0.0f : high;
+    const float mine = exp2_fast(top[h] - shift), theirs = exp2_fast(other - shift);
+    total[h] = total[h] * mine + other_total * theirs;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
-      if (8 * i < p.head_dim) {
-        *reinterpret_cast<uint32_t*>(to + 8 * i) =
-            pack2(out[4 * i + 2 * h] * share, out[4 * i + 2 * h + 1] * share);
-      }
+      const float2 o = *reinterpret_cast<const float2*>(sums + (r + 8 * h) * D + 8 * i + 2 * q);
+      out[4 * i + 2 * h] = out[4 * i + 2 * h] * mine + o.x * theirs;
+      out[4 * i + 2 * h + 1] = out[4 * i + 2 * h + 1] * mine + o.y * theirs;
     }
   }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) store_attention<D, E4M3>(p, out, total[h], h, batch, head, row0 + 8 * h);
 #endif
 }
 
-template <int D, int GROUPS, bool SHARE>
+template <int D>
 cudaError_t run(const Queries& p, const Launch& at) {
-  using S = Shape<D, GROUPS, SHARE>;
+  using S = Shape<D>;
   CUtensorMap maps[3];
   const int kv_heads = p.heads / p.group;
   cudaError_t error = tensor_map_heads(&maps[0], p.q, p.batch * p.m, p.heads, p.head_dim, p.ldq, kQueries);
@@ -270,10 +235,9 @@ cudaError_t run(const Queries& p, const Launch& at) {
   if (error == cudaSuccess)
     error = tensor_map_heads(&maps[2], p.v, p.batch * p.n, kv_heads, p.head_dim, p.ldv, kKeys);
   if (error != cudaSuccess) return error;
-  const dim3 grid(ceil_div(p.m, kQueries * S::kTiles), p.heads, p.batch);
-  const auto kernel = p.out_inverse != 0.0f ? attention_kernel<D, GROUPS, SHARE, true>
-                                            : attention_kernel<D, GROUPS, SHARE, false>;
-  return launch_kernel(kernel, grid, dim3(128 * GROUPS), S::kShared, at, 1, maps[0], maps[1], maps[2], p);
+  const dim3 grid(ceil_div(p.m, kQueries), p.heads, p.batch);
+  const auto kernel = p.out_inverse != 0.0f ? attention_kernel<D, true> : attention_kernel<D, false>;
+  return launch_kernel(kernel, grid, dim3(128 * kGroups), S::kShared, at, 1, maps[0], maps[1], maps[2], p);
 }
 
 }  // namespace
@@ -281,11 +245,11 @@ cudaError_t run(const Queries& p, const Launch& at) {
 cudaError_t attention_sm90(const Queries& p, const Launch& at) {
   if (p.head_dim <= 64) {
     const int blocks = ceil_div(p.m, kQueries) * p.heads * p.batch;
-    return blocks > 2 * at.sms ? run<64, 1, true>(p, at) : run<64, 2, false>(p, at);
+    return blocks > at.sms && !p.k_block ? attention_tiles_sm90(p, at) : run<64>(p, at);
   }
-  if (p.head_dim <= 80) return run<80, 2, false>(p, at);
-  if (p.head_dim <= 128) return run<128, 2, false>(p, at);
-  return fits_attention_pairs(p, at.sms) ? attention_pairs_sm90(p, at) : run<256, 2, false>(p, at);
+  if (p.head_dim <= 80) return run<80>(p, at);
+  if (p.head_dim <= 128) return run<128>(p, at);
+  return fits_attention_pairs(p, at.sms) ? attention_pairs_sm90(p, at) : run<256>(p, at);
 }
 
 }  // namespace vla::cuda
