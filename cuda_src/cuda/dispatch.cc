@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <algorithm>
+
 #include "../errors.h"
 
 namespace vla::cuda {
@@ -161,6 +163,37 @@ bool is_constant(const View& v, const Script& script) {
     }
   }
   return true;
+}
+
+bool overlap(const View& a, const View& b) {
+  const auto end = [](const View& v) {
+    return v.base + ((v.rows - 1) * v.ld + v.cols) * static_cast<int64_t>(size_of(v.dtype));
+  };
+  return a && b && a.base < end(b) && b.base < end(a);
+}
+
+bool is_read_later(std::vector<View> places, const Script& script, size_t first) {
+  const auto meets = [&](const View& v) {
+    return std::any_of(places.begin(), places.end(), [&](const View& i) { return overlap(v, i); });
+  };
+  const auto reads = [&](const Op& op) {
+    for (const View& v : reads_of(op)) {
+      if (meets(v)) return true;
+    }
+    for (const View& v : writes_of(op)) {  // the place is another's from here on
+      std::erase_if(places, [&](const View& i) { return overlap(v, i); });
+    }
+    return false;
+  };
+  for (size_t i = first; i < script.before.size(); ++i) {
+    if (reads(script.before[i])) return true;
+  }
+  for (const std::vector<Op>* ops : {&script.body, &script.after}) {
+    for (const Op& op : *ops) {
+      if (reads(op)) return true;
+    }
+  }
+  return std::any_of(script.outputs.begin(), script.outputs.end(), meets);
 }
 
 bool is_small(const Op& op, Layout layout) {

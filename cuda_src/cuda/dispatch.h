@@ -38,6 +38,12 @@ bool normalises_output_of(const Op& op, const Op& before);
 // True where running the script never changes what `v` shows.
 bool is_constant(const View& v, const Script& script);
 
+bool overlap(const View& a, const View& b);
+
+// Whether an operation from before[first] on reads one of `places`, or the script gives it out, ere something
+// else has been written there.
+bool is_read_later(std::vector<View> places, const Script& script, size_t first);
+
 // The packed weight of an operation, nullptr where it has none.
 const void* weight_of(const Op& op);
 

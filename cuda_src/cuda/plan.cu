@@ -68,12 +68,12 @@ struct Port {
 class CudaPlan final : public Plan {
  public:
   CudaPlan(Script plan, const Context& context, std::vector<Known> what, std::unique_ptr<PersistentLoop> loop,
-           std::unique_ptr<PersistentPrefix> prefix)
+           AllLayers layers)
       : context_(context),
         script_(std::move(plan)),
         known_(std::move(what)),
         loop_(std::move(loop)),
-        prefix_(std::move(prefix)) {
+        layers_(std::move(layers)) {
     const Script& script = script_;
     const std::vector<Known>& known = known_;
     for (const View& v : script.inputs) inputs_.emplace_back(v);
@@ -86,7 +86,7 @@ class CudaPlan final : public Plan {
     try {
       Sequence at;
       move(inputs_, true, at.first);
-      enqueue_before(script, context, prefix_.get(), at);
+      enqueue_before(script, context, layers_, at);
       at.first = true;  // what comes before the loop is done when any kernel of the loop begins: stable_keys
                         // rests on it
       if (loop_) {
@@ -149,7 +149,7 @@ class CudaPlan final : public Plan {
 
   std::vector<double> profile() override {
     run();  // inputs are where they belong
-    return cuda::profile(script_, context_, known_, loop_.get(), prefix_.get());
+    return cuda::profile(script_, context_, known_, loop_.get(), layers_);
   }
 
   void run() override {
@@ -171,7 +171,7 @@ class CudaPlan final : public Plan {
       }
     }
     VLA_CHECK(cudaStreamSynchronize(context_.stream), "running");
-    if (prefix_) prefix_->check();
+    for (const auto& layers : layers_) layers->check();
     if (loop_) loop_->check();
   }
 
@@ -211,7 +211,7 @@ class CudaPlan final : public Plan {
   Script script_;
   std::vector<Known> known_;
   std::unique_ptr<PersistentLoop> loop_;  // null: the loop is launched operation by operation
-  std::unique_ptr<PersistentPrefix> prefix_;
+  AllLayers layers_;
   std::vector<Port> inputs_, outputs_;
   cudaGraphExec_t graph_ = nullptr;
   size_t nodes_ = 0;
@@ -243,17 +243,20 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
   }
 }
 
-void enqueue_before(const Script& script, const Context& context, PersistentPrefix* prefix, Sequence& at) {
+void enqueue_before(const Script& script, const Context& context, const AllLayers& layers, Sequence& at) {
   const auto part = [&](size_t begin, size_t end) {
     enqueue({script.before.begin() + static_cast<int64_t>(begin),
              script.before.begin() + static_cast<int64_t>(end)},
             context, 0, at);
   };
-  if (!prefix) return part(0, script.before.size());
-  part(0, prefix->begin);
-  prefix->enqueue(context.stream);  // (waits for all of what was before, and what follows for all of it)
-  at = {};
-  part(prefix->end, script.before.size());
+  size_t done = 0;
+  for (const auto& run : layers) {
+    part(done, run->begin);
+    run->enqueue(context.stream);  // (waits for all of what was before, and what follows for all of it)
+    at = {};
+    done = run->end;
+  }
+  part(done, script.before.size());
 }
 
 namespace {
@@ -291,10 +294,13 @@ std::vector<Known> look_at_loop(const Script& script, const Context& context, Po
 std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool) {
   std::vector<Known> known = look_at_loop(script, context, pool);
   std::unique_ptr<PersistentLoop> loop = persistent_loop(script, context, known, pool);
-  std::unique_ptr<PersistentPrefix> prefix = persistent_prefix(script, context, pool);
+  AllLayers layers;
+  for (auto& run : {persistent_vision, persistent_prefix}) {
+    if (auto made = run(script, context, pool)) layers.push_back(std::move(made));
+  }
   VLA_CHECK(cudaStreamSynchronize(context.stream), "packing for the persistent kernels");
   return std::make_unique<CudaPlan>(std::move(script), context, std::move(known), std::move(loop),
-                                    std::move(prefix));
+                                    std::move(layers));
 }
 
 }  // namespace vla::cuda

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "../device.h"
 #include "dispatch.h"
@@ -20,7 +21,9 @@ using HeadWeights = std::map<std::tuple<const void*, int, int>, const uint16_t*>
 using PrefixWeights = std::map<const void*, const uint16_t*>;
 
 class PersistentLoop;
-class PersistentPrefix;
+class PersistentLayers;
+// Runs of operations before the loop that are one kernel each, in their order.
+using AllLayers = std::vector<std::unique_ptr<PersistentLayers>>;
 
 struct Context {
   cudaStream_t stream = nullptr;
@@ -70,7 +73,7 @@ void enqueue(const std::vector<Op>& ops, const Context& context, int step, Seque
 // Seconds of each operation, `before`, `body` (all steps together) and `after`, from runs of the whole of
 // them.
 std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
-                            PersistentLoop* loop, PersistentPrefix* prefix);
+                            PersistentLoop* loop, const AllLayers& layers);
 
 // Bytes a second, read and written, of the quickest of a few copies of `bytes` within the device's memory.
 double copy_rate(const Context& context, size_t bytes);
@@ -87,16 +90,18 @@ class PersistentLoop {
 std::unique_ptr<PersistentLoop> persistent_loop(const Script& script, const Context& context,
                                                 const std::vector<Known>& known, Pool& pool);
 
-// The layers of a small prefix, operations [begin, end) before the loop, as one kernel (prefix/plan.cc).
-class PersistentPrefix : public PersistentLoop {
+// Layers that come before the loop, operations [begin, end), as one kernel.
+class PersistentLayers : public PersistentLoop {
  public:
-  PersistentPrefix(size_t begin, size_t end) : begin(begin), end(end) {}
+  PersistentLayers(size_t begin, size_t end) : begin(begin), end(end) {}
   const size_t begin, end;
 };
-std::unique_ptr<PersistentPrefix> persistent_prefix(const Script& script, const Context& context, Pool& pool);
+// Those of a small prefix (prefix/plan.cc), and of the vision encoder (vision/plan.cc); nullptr as above.
+std::unique_ptr<PersistentLayers> persistent_prefix(const Script& script, const Context& context, Pool& pool);
+std::unique_ptr<PersistentLayers> persistent_vision(const Script& script, const Context& context, Pool& pool);
 
-// Launches what comes before the loop, the layers of the prefix as one kernel where there is one.
-void enqueue_before(const Script& script, const Context& context, PersistentPrefix* prefix, Sequence& at);
+// Launches what comes before the loop, what is in `layers` as one kernel each.
+void enqueue_before(const Script& script, const Context& context, const AllLayers& layers, Sequence& at);
 
 // `pool` takes tables that live as long as the device.
 std::unique_ptr<Plan> capture(Script script, const Context& context, Pool& pool);

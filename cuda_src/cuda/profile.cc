@@ -51,11 +51,11 @@ std::vector<double> time_between_marks(const Context& context,
 
 }  // namespace
 
-// The parts of the script are timed as they run, one launch overlapping the next, the prefix's layers and the
+// The parts of the script are timed as they run, one launch overlapping the next, layers and the
 // loop as one kernel where they are; a part's operations are timed one by one, and share the part's time in
 // proportion.
 std::vector<double> profile(const Script& script, const Context& context, const std::vector<Known>& known,
-                            PersistentLoop* loop, PersistentPrefix* prefix) {
+                            PersistentLoop* loop, const AllLayers& layers) {
   struct Part {
     std::vector<Op> ops;
     PersistentLoop* kernel = nullptr;
@@ -68,8 +68,12 @@ std::vector<double> profile(const Script& script, const Context& context, const 
                       script.before.begin() + static_cast<int64_t>(end)},
                      kernel});
   };
-  before(0, prefix ? prefix->begin : script.before.size(), nullptr);
-  if (prefix) before(prefix->begin, prefix->end, prefix), before(prefix->end, script.before.size(), nullptr);
+  size_t done = 0;
+  for (const auto& run : layers) {
+    before(done, run->begin, nullptr), before(run->begin, run->end, run.get());
+    done = run->end;
+  }
+  before(done, script.before.size(), nullptr);
   parts.push_back({script.body, loop, script.steps, true});
   parts.push_back({script.after});
   const std::vector<double> seconds = time_between_marks(context, [&](const std::function<void()>& mark) {

@@ -22,13 +22,13 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 }
 
 cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void* base, int rank,
-                   const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box) {
+                   const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                   CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   if (!encoder()) return cudaErrorNotSupported;
   const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result =
-      encoder()(map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encoder()(map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes,
+                                    strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -40,6 +40,15 @@ cudaError_t tensor_map(CUtensorMap* map, const __nv_bfloat16* base, int rows, in
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 2, sizes, strides, box);
+}
+
+cudaError_t tensor_map_plain(CUtensorMap* map, const __nv_bfloat16* base, int rows, int cols, int64_t ld,
+                             int box_rows, int box_cols) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld) * 2};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 2, sizes, strides, box,
+                CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 cudaError_t tensor_map_bytes(CUtensorMap* map, const void* base, int rows, int cols, int64_t ld,

@@ -12,6 +12,9 @@ namespace vla::cuda {
 // A matrix (rows, cols) read in boxes of box_rows x 64.
 cudaError_t tensor_map(CUtensorMap* map, const __nv_bfloat16* base, int rows, int cols, int64_t ld,
                        int box_rows);
+// A matrix (rows, cols) written in boxes of box_rows x box_cols, rows one behind another as they are.
+cudaError_t tensor_map_plain(CUtensorMap* map, const __nv_bfloat16* base, int rows, int cols, int64_t ld,
+                             int box_rows, int box_cols);
 // A matrix of bytes (rows, cols) read in boxes of box_rows x 128.
 cudaError_t tensor_map_bytes(CUtensorMap* map, const void* base, int rows, int cols, int64_t ld,
                              int box_rows);

@@ -11,9 +11,9 @@ namespace vla::cuda {
 
 namespace {
 
-class Layers final : public PersistentPrefix {
+class Prefix final : public PersistentLayers {
  public:
-  explicit Layers(prefix::Range range) : PersistentPrefix(range.begin, range.end) {}
+  explicit Prefix(prefix::Range range) : PersistentLayers(range.begin, range.end) {}
 
   bool make(const Script& script, const Context& context, Pool& pool) {
     const prefix::Memory memory{
@@ -52,13 +52,6 @@ class Layers final : public PersistentPrefix {
   head::Waits waits_;
 };
 
-bool overlap(const View& a, const View& b) {
-  const auto end = [](const View& v) {
-    return v.base + ((v.rows - 1) * v.ld + v.cols) * static_cast<int64_t>(size_of(v.dtype));
-  };
-  return a && b && a.base < end(b) && b.base < end(a);
-}
-
 // Whether the memory of `script` allows for the layers as one kernel. It keeps the hidden state, queries and
 // the like to itself, so nothing behind may read them; and the products of keys and values are done with
 // their layer, not at the end, so they must not lie where a later layer writes.
@@ -66,9 +59,6 @@ bool allows(const Script& script, const prefix::Range& range) {
   std::vector<View> inside;  // views of which the kernel does not write what the operations would
   const auto others = [&](const View& v) {  // the place is another's from here on
     std::erase_if(inside, [&](const View& i) { return overlap(v, i); });
-  };
-  const auto meets = [&](const View& v) {
-    return std::any_of(inside.begin(), inside.end(), [&](const View& i) { return overlap(v, i); });
   };
   for (size_t i = range.begin; i < range.end; ++i) {
     const Op& op = script.before[i];
@@ -88,27 +78,12 @@ bool allows(const Script& script, const prefix::Range& range) {
       for (const View& v : writes_of(op)) inside.push_back(v);
     }
   }
-  const auto reads_inside = [&](const Op& op) {
-    for (const View& v : reads_of(op)) {
-      if (meets(v)) return true;
-    }
-    for (const View& v : writes_of(op)) others(v);
-    return false;
-  };
-  for (size_t i = range.end; i < script.before.size(); ++i) {
-    if (reads_inside(script.before[i])) return false;
-  }
-  for (const std::vector<Op>* ops : {&script.body, &script.after}) {
-    for (const Op& op : *ops) {
-      if (reads_inside(op)) return false;
-    }
-  }
-  return std::none_of(script.outputs.begin(), script.outputs.end(), meets);
+  return !is_read_later(std::move(inside), script, range.end);
 }
 
 }  // namespace
 
-std::unique_ptr<PersistentPrefix> persistent_prefix(const Script& script, const Context& context,
+std::unique_ptr<PersistentLayers> persistent_prefix(const Script& script, const Context& context,
                                                     Pool& pool) {
   const prefix::Range range = prefix::find_layers(script.before);
   if (context.arch != 90 || range.begin >= range.end || !allows(script, range)) return nullptr;
@@ -116,7 +91,7 @@ std::unique_ptr<PersistentPrefix> persistent_prefix(const Script& script, const 
     if (const void* w = weight_of(script.before[i]); w && context.layout(script.before[i]) != Layout::kRows)
       return nullptr;
   }
-  auto layers = std::make_unique<Layers>(range);
+  auto layers = std::make_unique<Prefix>(range);
   return layers->make(script, context, pool) ? std::move(layers) : nullptr;
 }
 
