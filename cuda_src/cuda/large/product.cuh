@@ -56,7 +56,12 @@ struct QuantisedProduct : Product {
   float out_inverse = 0.0f;  // not 0: out is E4M3, what is computed times this
 };
 template <typename P>
-constexpr bool kQuantised = std::is_same_v<P, QuantisedProduct>;
+constexpr bool kQuantised = std::is_base_of_v<QuantisedProduct, P>;
+// The same where the compiler is to know the kind: the end of a tile has no code then that others need.
+template <typename P, ProductKind KIND>
+struct OfKind : P {
+  static constexpr ProductKind kind = KIND;
+};
 
 struct Columns {
   int first, second;  // packed columns of the two halves of a unit
@@ -181,20 +186,21 @@ struct Ahead {
   uint4 residual[4];
   int position[2];
 };
-template <typename U>
-__device__ __forceinline__ Ahead look_ahead(const Product& p, int row0, const U& unit) {
+template <typename P, typename U>
+__device__ __forceinline__ Ahead look_ahead(const P& p, int row0, const U& unit) {
   Ahead ahead = {};
   const int lane = threadIdx.x & 31, c = first_column(unit) + lane % 8 * 8;
-  if (p.rotate) {
+  if (p.kind == ProductKind::kQkv && p.rotate) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) ahead.position[r] = p.positions[min(row0 + lane / 4 + 8 * r, p.m - 1)];
   }
-  if (!p.residual || !p.wide) return ahead;
+  if (p.kind == ProductKind::kLinear && p.residual && p.wide) {
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    const int row = row0 + 4 * t + lane / 8;
-    if (row < p.m && c < p.cols && (whole(unit) || lane % 8 < 4)) {
-      ahead.residual[t] = *reinterpret_cast<const uint4*>(p.residual + residual_row(p, row) * p.ldr + c);
+    for (int t = 0; t < 4; ++t) {
+      const int row = row0 + 4 * t + lane / 8;
+      if (row < p.m && c < p.cols && (whole(unit) || lane % 8 < 4)) {
+        ahead.residual[t] = *reinterpret_cast<const uint4*>(p.residual + residual_row(p, row) * p.ldr + c);
+      }
     }
   }
   return ahead;
@@ -363,7 +369,7 @@ __device__ __forceinline__ void finish(const P& p, int row0, const U& unit, floa
     if (p.kind == ProductKind::kLinear) {
       scale_and_gate(p, c.first, x);
       scale_and_gate(p, c.second, y);
-    } else if (p.rotate && c.first < p.end[1]) {
+    } else if (p.kind == ProductKind::kQkv && p.rotate && c.first < p.end[1]) {
       rotate(p, ahead.position, c.first % p.head_dim, x, y);
     }
   }
@@ -380,7 +386,7 @@ __device__ __forceinline__ void finish(const P& p, int row0, const U& unit, floa
   // Matrices of 8 x 8: lane l names row l mod 8 of matrix l / 8; they are rows + 0, + 8 of one piece, then of
   // the next.
   const int matrix_row = lane % 16, matrix_piece = lane / 16;
-  if (p.residual) {
+  if (p.kind == ProductKind::kLinear && p.residual) {
 #pragma unroll
     for (int t = 0; t < 4; ++t)
       store_shared16(staged(staging, 4 * t + lane / 8, lane % 8), ahead.residual[t]);

@@ -1,14 +1,17 @@
 // The product of many rows on Hopper, of bf16 or E4M3.
 //
-// c (m, n) = a (m, k) w (n, k)^T in tiles of 64 * GROUPS rows and COLUMNS packed columns. One warp keeps a
-// ring of slices of 128 bytes of k filled by the copy engine; GROUPS warpgroups multiply (wgmma), each 64
-// rows, and finish their sums from registers. Without SPLIT a block takes tile after tile, so that the ring
-// is full again when the sums are stored. With SPLIT the blocks of a cluster share the k of one tile; their
-// sums meet in shared memory and are added in the order of the blocks, each block finishing its share of the
+// c (m, n) = a (m, k) w (n, k)^T in tiles of 64 * GROUPS rows and COLUMNS
+// packed columns. One warp keeps a ring of slices of 128 bytes of k filled by
+// the copy engine; GROUPS warpgroups multiply (wgmma), each 64 rows, and finish
+// their sums from registers. Without SPLIT a block takes tile after tile, so
+// that the ring is full again when the sums are stored. With SPLIT the blocks
+// of a cluster share the k of one tile; their sums meet in shared memory and
+// are added in the order of the blocks, each block finishing its share of the
 // tile.
 //
-// Of E4M3 the matrix unit keeps some 14 bits of a sum. PROMOTE: after so many slices the sums are added to
-// others in float32 registers and begin anew (0: never); as many registers again, so for narrow tiles only.
+// Of E4M3 the matrix unit keeps some 14 bits of a sum. PROMOTE: after so many
+// slices the sums are added to others in float32 registers and begin anew (0:
+// never); as many registers again, so for narrow tiles only.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +25,8 @@
 
 namespace vla::cuda::sm90 {
 
-// What differs between the operands' types; a slice's bytes, and with them ring, swizzle and descriptors, do
-// not.
+// What differs between the operands' types; a slice's bytes, and with them
+// ring, swizzle and descriptors, do not.
 template <typename E>
 struct Operand;
 template <>
@@ -65,8 +68,8 @@ struct Shape {
   static constexpr int kThreads = 128 * (GROUPS + 1);
   static constexpr int kBytesA = kRows * 128, kBytesW = COLUMNS * 128;
   static constexpr int kStage = kStaging * 4 * GROUPS;  // to store from
-  // Floats that a tile's columns have: biases and, of E4M3, scales. Room for those of two tiles where a block
-  // takes several.
+  // Floats that a tile's columns have: biases and, of E4M3, scales. Room for
+  // those of two tiles where a block takes several.
   static constexpr int kUnits = (COLUMNS + 63) / 64;  // the last may be half of one
   static constexpr int kPerTile = 64 * kUnits * (std::is_same_v<E, e4m3> ? 2 : 1);
   static constexpr int kTurns = SPLIT && std::is_same_v<E, e4m3> ? 1 : 2;
@@ -77,12 +80,15 @@ struct Shape {
   // With SPLIT the sums, and then the staging, take the ring's place.
   static constexpr int kStageAt = SPLIT ? kRows * COLUMNS * 4 : kShared - kStage;
   static_assert(!SPLIT || kStageAt + kStage <= kRing);
-  // Columns of one wgmma: the assembler refuses 256 with as few registers as four warpgroups start with.
+  // Columns of one wgmma: the assembler refuses 256 with as few registers as
+  // four warpgroups start with.
   static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
-  // Registers of a thread that multiplies; the others give theirs away. 255: none are moved.
+  // Registers of a thread that multiplies; the others give theirs away. 255:
+  // none are moved.
   static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
-  // Of a thread of the others: what a block starts with (168 for each of 384 threads, 128 of 512) has to do
-  // for all, or those that multiply wait for ever.
+  // Of a thread of the others: what a block starts with (168 for each of 384
+  // threads, 128 of 512) has to do for all, or those that multiply wait for
+  // ever.
   static constexpr int kRegistersLeft = GROUPS == 3 ? 32 : 24;
   static_assert(GROUPS == 1 ||
                 128 * (GROUPS * kRegisters + kRegistersLeft) <= kThreads * (GROUPS == 3 ? 128 : 168));
@@ -113,10 +119,10 @@ __device__ __forceinline__ bool continues(int i, int slice0) {
   }
 }
 
-template <typename E, int GROUPS, int COLUMNS, bool SPLIT, int PROMOTE>
+template <typename E, int GROUPS, int COLUMNS, bool SPLIT, int PROMOTE, ProductKind KIND>
 __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     product_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_w,
-                   const __grid_constant__ typename Operand<E>::Product p, const Grid g) {
+                   const __grid_constant__ OfKind<typename Operand<E>::Product, KIND> p, const Grid g) {
 #if VLA_SM90A
   using S = Shape<E, GROUPS, COLUMNS, SPLIT>;
   constexpr int kStages = S::kStages;
@@ -149,7 +155,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     if (threadIdx.x == GROUPS * 128) {
       tma_prefetch_map(&map_a);
       tma_prefetch_map(&map_w);
-      // Where a tile begins is found once for all its slices: the divisions take as long as loading one.
+      // Where a tile begins is found once for all its slices: the divisions
+      // take as long as loading one.
       int row = 0, column = 0;
       [[maybe_unused]] Columns units[COLUMNS / 64 + 1];
       const auto begin = [&](int tile) {
@@ -178,7 +185,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
           tma_load(to + u * 8192 + 4096, &map_w, full + 8 * s, slice * kSlice<E>, units[u].second);
         }
       };
-      // Weights do not depend on what ran before: the first of them are asked for before the wait.
+      // Weights do not depend on what ran before: the first of them are asked
+      // for before the wait.
       const int early = min(kStages, first < tiles ? slice1 - slice0 : 0);
       begin(first);
 #pragma unroll 1
@@ -282,9 +290,11 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         turn ^= 1;
       }
       if constexpr (!SPLIT) {
-        // A loop, not unrolled: this code runs once a tile, and fetching it would take longer than running
-        // it. The sums of the next unit move to where those of this one were.
-#pragma unroll 1
+        // A loop, not unrolled, where the end of a unit is long: this code runs
+        // once a tile, and fetching it would take longer than running it. The
+        // sums of the next unit move to where those of this one were.
+        constexpr int kUnroll = KIND == ProductKind::kGated ? S::kUnits : 1;
+#pragma unroll kUnroll
         for (int u = 0; u < S::kUnits; ++u) {
           const Ahead now = ahead;
           if (u + 1 < S::kUnits) ahead = look_ahead(p, row0, unit + u + 1);
@@ -358,18 +368,26 @@ cudaError_t run(const typename Operand<E>::Product& p, const Tile& tile, const L
   if (error != cudaSuccess) return error;
   const int work = g.tiles_m * g.tiles_n;
   const int grid = SPLIT ? work * tile.split : std::min(work, at.sms);
-  return launch_kernel(product_kernel<E, GROUPS, COLUMNS, SPLIT, PROMOTE>, dim3(grid), dim3(S::kThreads),
-                       S::kShared, at, SPLIT ? tile.split : 1, map_a, map_w, p, g);
+  const auto launch = [&]<ProductKind KIND>() {
+    const OfKind<typename Operand<E>::Product, KIND> of_kind = {p};
+    return launch_kernel(product_kernel<E, GROUPS, COLUMNS, SPLIT, PROMOTE, KIND>, dim3(grid),
+                         dim3(S::kThreads), S::kShared, at, SPLIT ? tile.split : 1, map_a, map_w, of_kind, g);
+  };
+  if (p.kind == ProductKind::kQkv) return launch.template operator()<ProductKind::kQkv>();
+  if constexpr (COLUMNS % 64 == 0) {
+    if (p.kind == ProductKind::kGated) return launch.template operator()<ProductKind::kGated>();
+  }
+  return launch.template operator()<ProductKind::kLinear>();
 }
 
-// How many clusters of `size` blocks the device holds at once: its multiprocessors come in groups that a
-// cluster does not cross.
+// How many clusters of `size` blocks the device holds at once: its
+// multiprocessors come in groups that a cluster does not cross.
 template <typename E, int GROUPS, int COLUMNS, bool SPLIT, int PROMOTE>
 int clusters(int size) {
   using S = Shape<E, GROUPS, COLUMNS, SPLIT>;
   static std::array<std::atomic<int>, 9> known{};  // plus one; 0: not asked yet
   if (known[size] == 0) {
-    const auto kernel = product_kernel<E, GROUPS, COLUMNS, SPLIT, PROMOTE>;
+    const auto kernel = product_kernel<E, GROUPS, COLUMNS, SPLIT, PROMOTE, ProductKind::kLinear>;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(size);
@@ -414,12 +432,15 @@ const Entry<E>* find(const Entry<E> (&entries)[N], const Tile& tile) {
   return nullptr;
 }
 
-// The tile with the least time by a count of cycles, whose constants were fitted to 489 timings of 17
-// products in bf16 on an H200: for each of them it names the fastest tile measured, or one within 1 % of it
-// (docs/performance.md, "Vision and prefix"). The matrix unit does 64 x 256 x 32 bytes in 128 cycles, at best
-// seven eighths of the time; all multiprocessors together are fed some 7.3 KB, and each 64 bytes, a cycle;
-// starting, filling the ring and storing cost by the tile, storing by the number too, merging by the parts.
-// In E4M3 a slice is as many bytes and as many cycles, of twice the k.
+// The tile with the least time by a count of cycles, whose constants were
+// fitted to 489 timings of 17 products in bf16 on an H200: for each of them it
+// names the fastest tile measured, or one within 1 % of it
+// (docs/performance.md, "Vision and prefix"). The matrix unit does 64 x 256 x
+// 32 bytes in 128 cycles, at best seven eighths of the time; all
+// multiprocessors together are fed some 7.3 KB, and each 64 bytes, a cycle;
+// starting, filling the ring and storing cost by the tile, storing by the
+// number too, merging by the parts. In E4M3 a slice is as many bytes and as
+// many cycles, of twice the k.
 template <typename E, size_t N>
 Tile choose(const Entry<E> (&entries)[N], const Product& p, int sms) {
   const int slices = ceil_div(p.k, kSlice<E>);
