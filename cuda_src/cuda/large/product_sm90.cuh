@@ -73,13 +73,17 @@ struct Shape {
   static constexpr int kUnits = (COLUMNS + 63) / 64;  // the last may be half of one
   static constexpr int kPerTile = 64 * kUnits * (std::is_same_v<E, e4m3> ? 2 : 1);
   static constexpr int kTurns = SPLIT && std::is_same_v<E, e4m3> ? 1 : 2;
-  static constexpr int kExtra = 8 * 16 + kTurns * kPerTile * 4 + (SPLIT ? 0 : kStage);  // 8 * 16: barriers
+  static constexpr int kBarriers = 8 * 18;
+  static constexpr int kExtra = kBarriers + kTurns * kPerTile * 4 + (SPLIT ? 0 : kStage);
   static constexpr int kFit = (kSharedBytes - kExtra) / (kBytesA + kBytesW);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kRing = kStages * (kBytesA + kBytesW), kShared = kRing + kExtra;
-  // With SPLIT the sums, and then the staging, take the ring's place.
-  static constexpr int kStageAt = SPLIT ? kRows * COLUMNS * 4 : kShared - kStage;
-  static_assert(!SPLIT || kStageAt + kStage <= kRing);
+  static constexpr int kStageAt = kShared - kStage;
+  // With SPLIT a tile's sums are dealt out to the blocks by pieces, of a warp's
+  // 16 rows and a unit's columns. What a block gets, from all, takes the ring's
+  // place, and then the staging that of what has been read.
+  static constexpr int kPiece = 16 * 64 * 4, kPieces = 4 * GROUPS * kUnits;
+  static_assert(!SPLIT || (kPieces + 7) * kPiece <= kRing);  // by up to 8 blocks
   // Columns of one wgmma: the assembler refuses 256 with as few registers as
   // four warpgroups start with.
   static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
@@ -94,8 +98,9 @@ struct Shape {
                 128 * (GROUPS * kRegisters + kRegistersLeft) <= kThreads * (GROUPS == 3 ? 128 : 168));
 };
 
+// Until all blocks of the cluster are here; what they wrote need not be seen.
 __device__ __forceinline__ void meet() {
-  cluster_arrive();
+  cluster_arrive_relaxed();
   cluster_wait();
 }
 
@@ -128,10 +133,11 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
   constexpr int kStages = S::kStages;
   constexpr bool kScaled = std::is_same_v<E, e4m3>;
   extern __shared__ __align__(1024) uint8_t shared[];
-  float* const columns = reinterpret_cast<float*>(shared + S::kRing + 8 * 16);
+  float* const columns = reinterpret_cast<float*>(shared + S::kRing + S::kBarriers);
   const uint32_t ring = smem_address(shared);
   const uint32_t full = ring + S::kRing, empty = full + 64;
-  const int group = threadIdx.x / 128;  // the last one loads
+  [[maybe_unused]] const uint32_t received = empty + 64;  // sums, from all blocks of the cluster
+  const int group = threadIdx.x / 128;                    // the last one loads
   const int blocks = SPLIT ? 1 : gridDim.x;
   const int rank = SPLIT ? static_cast<int>(cluster_rank()) : 0;
   const int split = SPLIT ? gridDim.x / (g.tiles_m * g.tiles_n) : 1;
@@ -145,7 +151,16 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 4 * GROUPS);  // a warp arrives once
     }
+    if constexpr (SPLIT) barrier_init(received, 1);
     barrier_init_fence();
+    if constexpr (SPLIT) {
+      int bytes = 0;
+      for (int piece = rank; piece < S::kPieces; piece += split) {
+        const bool half = COLUMNS % 64 && piece >= S::kPieces - 4 * GROUPS;
+        bytes += split * (half ? S::kPiece / 2 : S::kPiece);
+      }
+      barrier_expect(received, bytes);
+    }
   }
   __syncthreads();
   pdl_trigger();
@@ -208,7 +223,6 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     }
     __syncwarp();
     if constexpr (SPLIT) meet();
-    if constexpr (SPLIT) meet();  // nobody leaves while others read its memory or write to it
   } else {
     if constexpr (S::kRegisters < 255) registers_up<S::kRegisters>();
     pdl_wait();
@@ -306,44 +320,49 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
           for (int i = 0; i + 32 < COLUMNS / 2; ++i) c[i] = c[i + 32];
         }
       } else {
-        named_barrier(1, 128 * GROUPS);  // the ring is read by nobody any more
-        float4* to = reinterpret_cast<float4*>(shared);
+        named_barrier(1, 128 * GROUPS);
+        meet();  // nobody reads the rings any more
+        const int warp = threadIdx.x / 32;
 #pragma unroll
-        for (int i = 0; i < COLUMNS / 8; ++i) {
-          to[(group * (COLUMNS / 8) + i) * 128 + thread] =
-              make_float4(c[4 * i], c[4 * i + 1], c[4 * i + 2], c[4 * i + 3]);
+        for (int u = 0; u < S::kUnits; ++u) {
+          const int piece = u * 4 * GROUPS + warp, owner = piece % split;
+          const uint32_t there = cluster_address(received, owner);
+          const uint32_t to = cluster_address(
+              ring + (piece / split * split + rank) * S::kPiece + threadIdx.x % 32 * 16, owner);
+#pragma unroll
+          for (int i = 0; i < 8 && u * 64 + i * 8 < COLUMNS; ++i)
+            give4(to + i * 512, there, c + 32 * u + 4 * i);
         }
       }
     }
     if constexpr (SPLIT) {
-      meet();
-      constexpr int kUnits = S::kUnits;
-      for (int item = rank * GROUPS + group; item < GROUPS * kUnits; item += split * GROUPS) {
-        const int from = item / kUnits, u = item % kUnits;
-        const int row0 = first % g.tiles_m * S::kRows + from * 64 + thread / 32 * 16;
+      for (int mine = threadIdx.x / 32; mine * split + rank < S::kPieces; mine += 4 * GROUPS) {
+        const int piece = mine * split + rank, u = piece / (4 * GROUPS);
+        const int row0 = first % g.tiles_m * S::kRows + piece % (4 * GROUPS) * 16;
         const auto unit = columns_of_tile<COLUMNS>(first / g.tiles_m) + u;
-        const uint32_t at = ring + ((from * (COLUMNS / 8) + u * 8) * 128 + thread) * 16;
+        const uint32_t at = ring + mine * split * S::kPiece;
         const Ahead ahead = look_ahead(p, row0, unit);
+        barrier_wait(received, 0);
         float c[32] = {};
         for (int r = 0; r < split; ++r) {
-          const uint32_t there = cluster_address(at, r);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             if (i >= 4 && !whole(unit)) break;
-            const float4 v = cluster_load4(there + i * 2048);
+            const float4 v = *reinterpret_cast<const float4*>(shared + (mine * split + r) * S::kPiece +
+                                                              i * 512 + threadIdx.x % 32 * 16);
             c[4 * i] += v.x;
             c[4 * i + 1] += v.y;
             c[4 * i + 2] += v.z;
             c[4 * i + 3] += v.w;
           }
         }
+        __syncwarp();
         if (first_column(unit) < p.n) {
           finish(p, row0, unit, c, c + 16,
-                 {p.has_bias ? columns + 64 * u : nullptr, columns + COLUMNS + 64 * u}, ahead, staging);
+                 {p.has_bias ? columns + 64 * u : nullptr, columns + COLUMNS + 64 * u}, ahead, at);
         }
       }
     }
-    if constexpr (SPLIT) meet();
   }
 #endif
 }
