@@ -1,17 +1,14 @@
 // The product of many rows on Hopper, of bf16 or E4M3.
 //
-// c (m, n) = a (m, k) w (n, k)^T in tiles of 64 * GROUPS rows and COLUMNS
-// packed columns. One warp keeps a ring of slices of 128 bytes of k filled by
-// the copy engine; GROUPS warpgroups multiply (wgmma), each 64 rows, and finish
-// their sums from registers. Without SPLIT a block takes tile after tile, so
-// that the ring is full again when the sums are stored. With SPLIT the blocks
-// of a cluster share the k of one tile; their sums meet in shared memory and
-// are added in the order of the blocks, each block finishing its share of the
+// c (m, n) = a (m, k) w (n, k)^T in tiles of 64 * GROUPS rows and COLUMNS packed columns. One warp keeps a
+// ring of slices of 128 bytes of k filled by the copy engine; GROUPS warpgroups multiply (wgmma), each 64
+// rows, and finish their sums from registers. Without SPLIT a block takes tile after tile, so that the ring
+// is full again when the sums are stored. With SPLIT the blocks of a cluster share the k of one tile; their
+// sums meet in shared memory and are added in the order of the blocks, each block finishing its share of the
 // tile.
 //
-// Of E4M3 the matrix unit keeps some 14 bits of a sum. PROMOTE: after so many
-// slices the sums are added to others in float32 registers and begin anew (0:
-// never); as many registers again, so for narrow tiles only.
+// Of E4M3 the matrix unit keeps some 14 bits of a sum. PROMOTE: after so many slices the sums are added to
+// others in float32 registers and begin anew (0: never); as many registers again, so for narrow tiles only.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +22,8 @@
 
 namespace vla::cuda::sm90 {
 
-// What differs between the operands' types; a slice's bytes, and with them
-// ring, swizzle and descriptors, do not.
+// What differs between the operands' types; a slice's bytes, and with them ring, swizzle and descriptors, do
+// not.
 template <typename E>
 struct Operand;
 template <>
@@ -58,8 +55,8 @@ constexpr int kSharedBytes = 227 * 1024;
 
 struct Grid {
   int tiles_m = 0, tiles_n = 0;
-  int slices = 0;  // of k
-  int box = 0;     // rows of w that one copy brings: COLUMNS, or 32
+  int slices = 0;       // of k
+  bool halves = false;  // a copy brings 32 rows of w of each half of a head, not COLUMNS
 };
 
 template <typename E, int GROUPS, int COLUMNS, bool SPLIT>
@@ -68,8 +65,8 @@ struct Shape {
   static constexpr int kThreads = 128 * (GROUPS + 1);
   static constexpr int kBytesA = kRows * 128, kBytesW = COLUMNS * 128;
   static constexpr int kStage = kStaging * 4 * GROUPS;  // to store from
-  // Floats that a tile's columns have: biases and, of E4M3, scales. Room for
-  // those of two tiles where a block takes several.
+  // Floats that a tile's columns have: biases and, of E4M3, scales. Room for those of two tiles where a block
+  // takes several.
   static constexpr int kUnits = (COLUMNS + 63) / 64;  // the last may be half of one
   static constexpr int kPerTile = 64 * kUnits * (std::is_same_v<E, e4m3> ? 2 : 1);
   static constexpr int kTurns = SPLIT && std::is_same_v<E, e4m3> ? 1 : 2;
@@ -79,20 +76,16 @@ struct Shape {
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kRing = kStages * (kBytesA + kBytesW), kShared = kRing + kExtra;
   static constexpr int kStageAt = kShared - kStage;
-  // With SPLIT a tile's sums are dealt out to the blocks by pieces, of a warp's
-  // 16 rows and a unit's columns. What a block gets, from all, takes the ring's
-  // place, and then the staging that of what has been read.
+  // With SPLIT a tile's sums are dealt out to the blocks by pieces, of a warp's 16 rows and a unit's columns.
+  // What a block gets, from all, takes the ring's place, and then the staging that of what has been read.
   static constexpr int kPiece = 16 * 64 * 4, kPieces = 4 * GROUPS * kUnits;
   static_assert(!SPLIT || (kPieces + 7) * kPiece <= kRing);  // by up to 8 blocks
-  // Columns of one wgmma: the assembler refuses 256 with as few registers as
-  // four warpgroups start with.
+  // Columns of one wgmma: the assembler refuses 256 with as few registers as four warpgroups start with.
   static constexpr int kWide = GROUPS > 2 && COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
-  // Registers of a thread that multiplies; the others give theirs away. 255:
-  // none are moved.
+  // Registers of a thread that multiplies; the others give theirs away. 255: none are moved.
   static constexpr int kRegisters = GROUPS == 3 ? 160 : GROUPS == 1 ? 255 : 240;
-  // Of a thread of the others: what a block starts with (168 for each of 384
-  // threads, 128 of 512) has to do for all, or those that multiply wait for
-  // ever.
+  // Of a thread of the others: what a block starts with (168 for each of 384 threads, 128 of 512) has to do
+  // for all, or those that multiply wait for ever.
   static constexpr int kRegistersLeft = GROUPS == 3 ? 32 : 24;
   static_assert(GROUPS == 1 ||
                 128 * (GROUPS * kRegisters + kRegistersLeft) <= kThreads * (GROUPS == 3 ? 128 : 168));
@@ -170,16 +163,20 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     if (threadIdx.x == GROUPS * 128) {
       tma_prefetch_map(&map_a);
       tma_prefetch_map(&map_w);
-      // Where a tile begins is found once for all its slices: the divisions
-      // take as long as loading one.
+      // Where a tile begins is found once for all its slices: the divisions take as long as loading one.
       int row = 0, column = 0;
-      [[maybe_unused]] Columns units[COLUMNS / 64 + 1];
+      struct {
+        int head, row;
+      } units[COLUMNS / 64 + 1];  // where a rotated tile's units begin
       const auto begin = [&](int tile) {
         row = tile % g.tiles_m * S::kRows;
         column = tile / g.tiles_m;
-        if (g.box != COLUMNS) {
+        if (g.halves) {
 #pragma unroll
-          for (int u = 0; u < COLUMNS / 64; ++u) units[u] = columns_of(p, column * (COLUMNS / 64) + u);
+          for (int u = 0; u < COLUMNS / 64; ++u) {
+            const int at = columns_of(p, column * (COLUMNS / 64) + u).first;
+            units[u] = {at / p.head_dim, at % p.head_dim};
+          }
         }
         column *= COLUMNS;
       };
@@ -190,18 +187,16 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       const auto load_w = [&](int s, int slice) {
         const uint32_t to = ring + s * (S::kBytesA + S::kBytesW) + S::kBytesA;
         barrier_expect(full + 8 * s, S::kBytesA + S::kBytesW);
-        if (g.box == COLUMNS) {
+        if (!g.halves) {
           tma_load(to, &map_w, full + 8 * s, slice * kSlice<E>, column);
           return;
         }
 #pragma unroll
         for (int u = 0; u < COLUMNS / 64; ++u) {
-          tma_load(to + u * 8192, &map_w, full + 8 * s, slice * kSlice<E>, units[u].first);
-          tma_load(to + u * 8192 + 4096, &map_w, full + 8 * s, slice * kSlice<E>, units[u].second);
+          tma_load4(to + u * 8192, &map_w, full + 8 * s, slice * kSlice<E>, units[u].row, units[u].head);
         }
       };
-      // Weights do not depend on what ran before: the first of them are asked
-      // for before the wait.
+      // Weights do not depend on what ran before: the first of them are asked for before the wait.
       const int early = min(kStages, first < tiles ? slice1 - slice0 : 0);
       begin(first);
 #pragma unroll 1
@@ -304,9 +299,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         turn ^= 1;
       }
       if constexpr (!SPLIT) {
-        // A loop, not unrolled, where the end of a unit is long: this code runs
-        // once a tile, and fetching it would take longer than running it. The
-        // sums of the next unit move to where those of this one were.
+        // A loop, not unrolled, where the end of a unit is long: this code runs once a tile, and fetching it
+        // would take longer than running it. The sums of the next unit move to where those of this one were.
         constexpr int kUnroll = KIND == ProductKind::kGated ? S::kUnits : 1;
 #pragma unroll kUnroll
         for (int u = 0; u < S::kUnits; ++u) {
@@ -379,11 +373,12 @@ cudaError_t run(const typename Operand<E>::Product& p, const Tile& tile, const L
   g.tiles_m = ceil_div(p.m, S::kRows);
   g.tiles_n = ceil_div(p.n, COLUMNS);
   g.slices = ceil_div(p.k, kSlice<E>);
-  g.box = p.rotate && p.head_dim > 64 ? 32 : COLUMNS;
+  g.halves = p.rotate && p.head_dim > 64;
   CUtensorMap map_a, map_w;
   cudaError_t error = Operand<E>::map(&map_a, p.a, p.m, p.k, p.lda, S::kRows);
   if (error != cudaSuccess) return error;
-  error = Operand<E>::map(&map_w, p.w, p.n, p.k, p.ldw, g.box);
+  error = g.halves ? tensor_map_halves(&map_w, p.w, p.n, p.k, p.ldw * sizeof(E), sizeof(E), p.head_dim)
+                   : Operand<E>::map(&map_w, p.w, p.n, p.k, p.ldw, COLUMNS);
   if (error != cudaSuccess) return error;
   const int work = g.tiles_m * g.tiles_n;
   const int grid = SPLIT ? work * tile.split : std::min(work, at.sms);
@@ -399,8 +394,8 @@ cudaError_t run(const typename Operand<E>::Product& p, const Tile& tile, const L
   return launch.template operator()<ProductKind::kLinear>();
 }
 
-// How many clusters of `size` blocks the device holds at once: its
-// multiprocessors come in groups that a cluster does not cross.
+// How many clusters of `size` blocks the device holds at once: its multiprocessors come in groups that a
+// cluster does not cross.
 template <typename E, int GROUPS, int COLUMNS, bool SPLIT, int PROMOTE>
 int clusters(int size) {
   using S = Shape<E, GROUPS, COLUMNS, SPLIT>;
@@ -451,15 +446,12 @@ const Entry<E>* find(const Entry<E> (&entries)[N], const Tile& tile) {
   return nullptr;
 }
 
-// The tile with the least time by a count of cycles, whose constants were
-// fitted to 489 timings of 17 products in bf16 on an H200: for each of them it
-// names the fastest tile measured, or one within 1 % of it
-// (docs/performance.md, "Vision and prefix"). The matrix unit does 64 x 256 x
-// 32 bytes in 128 cycles, at best seven eighths of the time; all
-// multiprocessors together are fed some 7.3 KB, and each 64 bytes, a cycle;
-// starting, filling the ring and storing cost by the tile, storing by the
-// number too, merging by the parts. In E4M3 a slice is as many bytes and as
-// many cycles, of twice the k.
+// The tile with the least time by a count of cycles, whose constants were fitted to 489 timings of 17
+// products in bf16 on an H200: for each of them it names the fastest tile measured, or one within 1 % of it
+// (docs/performance.md, "Vision and prefix"). The matrix unit does 64 x 256 x 32 bytes in 128 cycles, at best
+// seven eighths of the time; all multiprocessors together are fed some 7.3 KB, and each 64 bytes, a cycle;
+// starting, filling the ring and storing cost by the tile, storing by the number too, merging by the parts.
+// In E4M3 a slice is as many bytes and as many cycles, of twice the k.
 template <typename E, size_t N>
 Tile choose(const Entry<E> (&entries)[N], const Product& p, int sms) {
   const int slices = ceil_div(p.k, kSlice<E>);

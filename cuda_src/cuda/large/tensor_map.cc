@@ -25,7 +25,7 @@ cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void* base,
                    const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                    CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   if (!encoder()) return cudaErrorNotSupported;
-  const cuuint32_t steps[3] = {1, 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result = encoder()(map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes,
                                     strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -66,6 +66,17 @@ cudaError_t tensor_map_heads(CUtensorMap* map, const __nv_bfloat16* base, int ro
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(d) * 2, static_cast<cuuint64_t>(ld) * 2};
   const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_heads), static_cast<cuuint32_t>(box_rows)};
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 3, sizes, strides, box);
+}
+
+cudaError_t tensor_map_halves(CUtensorMap* map, const void* base, int rows, int cols, int64_t ld_bytes,
+                              int size, int head_dim) {
+  const auto half = static_cast<cuuint64_t>(head_dim / 2), ld = static_cast<cuuint64_t>(ld_bytes);
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(cols), half, 2,
+                               static_cast<cuuint64_t>(rows / head_dim)};
+  const cuuint64_t strides[3] = {ld, half * ld, 2 * half * ld};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(128 / size), 32, 2, 1};
+  return encode(map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 4,
+                sizes, strides, box);
 }
 
 }  // namespace vla::cuda

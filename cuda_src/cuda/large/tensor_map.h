@@ -21,5 +21,9 @@ cudaError_t tensor_map_bytes(CUtensorMap* map, const void* base, int rows, int c
 // A matrix (rows, heads * d) read in boxes of box_rows x box_heads x 64; columns beyond d are zeros.
 cudaError_t tensor_map_heads(CUtensorMap* map, const __nv_bfloat16* base, int rows, int heads, int d,
                              int64_t ld, int box_rows, int box_heads = 1);
+// A matrix of bf16 (size 2) or bytes (1) whose rows are those of heads, read in boxes of 128 bytes of 32 rows
+// of the first half of a head and as many of the second: coordinates are column, row of a half, 0, head.
+cudaError_t tensor_map_halves(CUtensorMap* map, const void* base, int rows, int cols, int64_t ld_bytes,
+                              int size, int head_dim);
 
 }  // namespace vla::cuda

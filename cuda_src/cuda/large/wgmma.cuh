@@ -69,6 +69,20 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
   (void)to, (void)map, (void)barrier, (void)x, (void)y;
 #endif
 }
+// The same of four dimensions, the third from 0.
+__device__ __forceinline__ void tma_load4(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y,
+                                          int w) {
+#if VLA_SM90
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(0), "r"(w)
+      : "memory");
+#else
+  (void)to, (void)map, (void)barrier, (void)x, (void)y, (void)w;
+#endif
+}
 __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
 #if VLA_SM90
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
