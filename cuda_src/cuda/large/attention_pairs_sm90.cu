@@ -18,7 +18,7 @@
 #include "wgmma_registers.cuh"
 
 namespace vla::cuda {
-namespace {
+namespace pairs {
 
 constexpr int kRows = 72, kColumns = 256, kGroups = 4, kThreads = 128 * kGroups;
 constexpr int kBlocks = kRows / 8, kValues = kRows / 2;  // of 8 queries; sums of a thread
@@ -38,8 +38,8 @@ constexpr int kSmallAt = kSlotsAt + 4 * kSlot;
 static_assert(kColumns / 64 * kBoxQ <= kSumsBytes && kOwn * 8 * kPadded * 4 <= 4 * kSlot);
 static_assert(kSlotsAt % 1024 == 0 && kSlot <= kTiles * kTileP);
 struct Small {
-  uint64_t keys[kTiles], values[kTiles], queries[kColumns / 64], first_used, received;  // barriers
-  int64_t out_at[kRows];                                                                // -1: no such row
+  uint64_t keys[kTiles], values[kGroups], queries[kColumns / 64], rest[kGroups], received;  // barriers
+  int64_t out_at[kRows];                                                                    // -1: no such row
   float2 theirs[kRows];  // the other block's maximum and total of each row
   float2 share[kRows];   // what both blocks' sums are multiplied by
   int top[kRows], seen[kRows], least_seen;
@@ -165,12 +165,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto slot_of_values = [&](int tile) { return base + kSlotsAt + (tile + 1) % 4 * kSlot; };
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kTiles; ++i) {
-      barrier_init(smem_address(&small.keys[i]), 1);
-      barrier_init(smem_address(&small.values[i]), 1);
-    }
+    for (uint64_t& barrier : small.keys) barrier_init(smem_address(&barrier), 1);
+    for (uint64_t& barrier : small.values) barrier_init(smem_address(&barrier), 1);
     for (uint64_t& barrier : small.queries) barrier_init(smem_address(&barrier), 1);
-    barrier_init(smem_address(&small.first_used), 4 * kGroups);
+    for (uint64_t& barrier : small.rest) barrier_init(smem_address(&barrier), 1);
     barrier_init(smem_address(&small.received), 1);
     barrier_init_fence();
     small.least_seen = INT_MAX;
@@ -181,6 +179,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   pdl_trigger();
   pdl_wait();
 
+  // One thread of each warpgroup loads: of the queries and of the last tile, a quarter of the columns; of the
+  // others, a whole tile.
+  const bool loads = threadIdx.x % 128 == 0;
+  const auto load_box = [&](uint32_t to, const CUtensorMap* map, uint32_t barrier, int c, int tile) {
+    tma_load3(to + c * kBox, map, barrier, c * 64, kv_head, batch * p.n + key0 + tile * kTileKeys);
+  };
   const auto load = [&](int tile, bool values) {
     if (2 * tile >= units) return;
     const bool whole = 2 * tile + 1 < units;
@@ -188,18 +192,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t barrier = smem_address(values ? &small.values[tile] : &small.keys[tile]);
     const CUtensorMap* map = whole ? values ? &maps.v : &maps.k : values ? &maps.v_unit : &maps.k_unit;
     barrier_expect(barrier, whole ? kSlot : kSlot / 2);
-    for (int c = 0; c < kColumns / 64; ++c) {
-      tma_load3(to + c * kBox, map, barrier, c * 64, kv_head, batch * p.n + key0 + tile * kTileKeys);
-    }
+    for (int c = 0; c < kColumns / 64; ++c) load_box(to, map, barrier, c, tile);
   };
-  if (threadIdx.x == 0) {
-    for (int c = 0; c < kColumns / 64; ++c) {
-      const uint32_t barrier = smem_address(&small.queries[c]);
-      barrier_expect(barrier, kBoxQ);
-      tma_load3(base + c * kBoxQ, &maps.q, barrier, c * 64, kv_head * p.group, batch * p.m + row0);
+  if (loads) {
+    const uint32_t queries = smem_address(&small.queries[group]),
+                   rest = smem_address(&small.keys[kTiles - 1]);
+    barrier_expect(queries, kBoxQ);
+    tma_load3(base + group * kBoxQ, &maps.q, queries, group * 64, kv_head * p.group, batch * p.m + row0);
+    load(group, false);
+    if (units == kMostUnits) {
+      if (group == 0) barrier_expect(rest, kSlot / 2);
+      load_box(slot_of_keys(kTiles - 1), &maps.k_unit, rest, group, kTiles - 1);
     }
-    for (int tile = 0; tile < kTiles; ++tile) load(tile, false);
-    barrier_expect(smem_address(&small.received), own * kThreads * 16 + kRows * 8);
+    if (group == 0) barrier_expect(smem_address(&small.received), own * kThreads * 16 + kRows * 8);
   }
   __syncwarp();
   if (threadIdx.x < kRows) {
@@ -261,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       column[i] = fmaxf(column[i], fmaxf(x, y));
     }
   };
-  const bool has_tile = 2 * group < units, has_rest = group == 0 && 8 < units, loads = threadIdx.x % 128 == 0;
+  const bool has_tile = 2 * group < units, has_rest = group == 0 && units == kMostUnits;
 #pragma unroll
   for (int i = 0; i < kValues / 2; ++i) column[i] = -INFINITY;
   if (has_tile) {
@@ -269,14 +274,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     scored(s[0]);
   }
   named_barrier(1 + group, 128);
-  if (loads) load((group + 3) % 4, true);  // where the tile was
-  __syncwarp();
+  const auto load_next = [&] {  // where the tile was
+    if (loads) load((group + kGroups - 1) % kGroups, true);
+    __syncwarp();
+  };
   if (has_rest) {
-    score(s[1], 4);
+    score(s[1], kTiles - 1);
+    load_next();
     find_top(s[0], blocks[0]);
     scored(s[1]);
     find_top(s[1], blocks[1]);
   } else {
+    load_next();
     find_top(s[0], blocks[0]);
   }
   cluster_arrive_relaxed();  // this warp has done with the queries: the other block may write there
@@ -327,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (float& v : o) v = 0.0f;
   wgmma_fence();
   for (int tile = 0; 2 * tile < units; ++tile) {
-    barrier_wait(smem_address(&small.values[tile]), 0);
+    barrier_wait(smem_address(tile < kGroups ? &small.values[tile] : &small.rest[group]), 0);
     wgmma_fence();
     const uint32_t v = slot_of_values(tile) + group * kBox;
     const uint64_t w = wgmma_tile(weights + tile * kTileP);
@@ -343,15 +352,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     wgmma_commit();
     if (tile == kTiles - 2) add_up();
-    if (tile == 1) {  // the last tile of values has no slot but that of the first
+    if (tile == 1 && units == kMostUnits) {
+      // The last tile has no slot but that of the first, of which a warpgroup reads the columns that it
+      // loads.
       wgmma_wait<1>();
-      if (lane == 0) barrier_arrive(smem_address(&small.first_used));
+      named_barrier(1 + group, 128);
+      if (loads) {
+        const uint32_t rest = smem_address(&small.rest[group]);
+        barrier_expect(rest, kBox / 2);
+        load_box(slot_of_values(kTiles - 1), &maps.v_unit, rest, group, kTiles - 1);
+      }
+      __syncwarp();
     }
-    if (tile == 2 && threadIdx.x == 0 && 8 < units) {
-      barrier_wait(smem_address(&small.first_used), 0);
-      load(4, true);
-    }
-    __syncwarp();
   }
   if (units <= 2 * (kTiles - 2)) add_up();
   wgmma_wait<0>();
@@ -427,14 +439,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int clusters_of(const Queries& p) { return ceil_div(p.m, kRows / p.group) * (p.heads / p.group) * p.batch; }
 
-}  // namespace
+}  // namespace pairs
 
 bool fits_attention_pairs(const Queries& p, int sms) {
+  using namespace pairs;
   return p.head_dim > 128 && p.head_dim <= kColumns && kRows % p.group == 0 &&
          ceil_div(p.n, kUnit) <= 2 * kMostUnits && 2 * clusters_of(p) <= sms;
 }
 
 cudaError_t attention_pairs_sm90(const Queries& p, const Launch& at) {
+  using namespace pairs;
   Maps maps;
   const int kv_heads = p.heads / p.group;
   cudaError_t error =
