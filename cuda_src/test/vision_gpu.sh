@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 flags="-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -lineinfo -I."
 jobs=""
 for f in cuda/vision/kernel.cu cuda/vision/build.cc cuda/large/attention.cu cuda/large/attention_sm90.cu \
+  cuda/large/attention_pairs_sm90.cu cuda/large/attention_tiles_sm90.cu \
   cuda/large/linear.cu cuda/large/product_sm80.cu cuda/large/product_sm90.cu cuda/large/product_sm90_e4m3.cu \
   cuda/large/rows.cu cuda/large/tensor_map.cc test/vision_check.cu test/vision_time.cu; do
   o="$out/$(echo "$f" | tr / _).o"

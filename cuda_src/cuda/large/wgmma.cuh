@@ -90,18 +90,6 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
   (void)map;
 #endif
 }
-__device__ __forceinline__ float4 cluster_load4(uint32_t address) {
-  float4 v = {};
-#if VLA_SM90
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-#else
-  (void)address;
-#endif
-  return v;
-}
 // Four numbers, or two, to the memory of another block of the cluster, which counts their bytes at `barrier`.
 __device__ __forceinline__ void give4(uint32_t to, uint32_t barrier, const float* v) {
 #if VLA_SM90
