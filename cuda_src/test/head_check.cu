@@ -3,7 +3,8 @@
 // something is wrong it says what: which part of the kernel alone already waits for ever, and which phase of
 // the first step is the first to write something else than the host's walk over the same table. Exit code 0
 // when all hold, 1 where something is wrong, 2 on an error of CUDA's, 3 where a wait was given up.
-//   head_check [quick]    quick: the smallest sizes once, for compute-sanitizer
+//   head_check [quick] [NAME]    quick: the smallest sizes once, for compute-sanitizer; NAME: of sizes that
+//                                have it in theirs
 #include <algorithm>
 #include <cstring>
 
@@ -69,6 +70,7 @@ std::vector<Region> written(const Table& t, const Phase& p) {
   const auto bytes_of = [](const void* at) { return static_cast<const std::byte*>(at); };
   const size_t row = size_t(t.rows) * cuda::head::kChunkBytes;
   const bool queries = p.kind == Kind::kQkv;
+  if (queries && p.joined) return {};  // in shared memory alone
   std::vector<Region> all{
       {queries ? "queries" : "out", bytes_of(p.out),
        queries ? cuda::head::query_elements(p) * 2 : cuda::head::divide_up(p.n, cuda::head::kChunk) * row,
@@ -174,6 +176,7 @@ class Copy {
     const int phases = table->phases, steps = table->steps;
     table->steps = 1;
     for (int n = 1; n <= phases; ++n) {
+      if (here.phase[n - 1].joined && here.phase[n - 1].kind == Kind::kQkv) continue;  // with what follows
       table->phases = n;
       send();
       const std::string what = "phases 0 to " + std::to_string(n - 1) + " of the first step";
@@ -206,7 +209,8 @@ struct Suite {
   Report report;
   Extras extras;
   bool quick = false, stuck = false;
-  int refused = 0, ran = 0;  // tables
+  std::string only;
+  int refused = 0, ran = 0, joined = 0;  // tables
 
   void packing(Head& head) {
     bool same = true;
@@ -250,13 +254,17 @@ struct Suite {
   void one(Head& head, const Sizes& s, const Settings& settings, int repetitions, bool first_of_all) {
     const std::string name = std::string(s.name) + ", " + std::to_string(settings.clusters) +
                              " clusters, units " + std::to_string(settings.min_units) + ", slots " +
-                             std::to_string(settings.max_slots);
+                             std::to_string(settings.max_slots) + (settings.joins ? "" : ", nothing joined");
     if (const std::string why = head.build_table(settings); !why.empty()) {
       std::printf("%s: refused: %s\n", name.c_str(), why.c_str());
       ++refused;
       return;
     }
     ++ran;
+    const bool is_joined =
+        std::any_of(head.table().phase, head.table().phase + head.table().phases,
+                    [](const Phase& p) { return p.joined != 0; });
+    joined += is_joined;
     Copy c(head, s, extras);
     bool good = !first_of_all || mechanisms(c, name);
     std::vector<float> first;
@@ -270,7 +278,7 @@ struct Suite {
     report.require(name + ": no wait is given up", well);
     if (!well) stuck = true;
     const double error = head.error(first);
-    std::printf("  %s: error %.2e\n", name.c_str(), error);
+    std::printf("  %s%s: error %.2e\n", name.c_str(), is_joined ? ", joined" : "", error);
     report.check(name, error, kLimit);
     report.require(name + ": the same bits each time", same);
     good &= well && same && error <= kLimit;
@@ -310,12 +318,18 @@ struct Suite {
         {"tiny, two stacks, cross", 2, 72, 64, 10, 2, 128, 27, 20, 2, false, true, false},
         {"tiny, 256 columns", 1, 64, 40, 8, 1, 256, 70, 64, 1, false, false, true},
         {"tiny, 30 steps", 2, 96, 136, 4, 1, 64, 40, 50, 30, true, false, false},
+        {"tiny, a layer of each, adaptive", 2, 96, 136, 6, 2, 64, 100, 23, 3, true, true, false},
         {"two layers of SmolVLA", 2, 720, 2048, 15, 5, 64, 177, 50, 2, false, true, true},
+        {"two layers of SmolVLA, H=10", 2, 720, 2048, 15, 5, 64, 177, 10, 2, false, true, true},
+        {"two layers of SmolVLA, 1 camera", 2, 720, 2048, 15, 5, 64, 113, 50, 2, false, true, true},
+        {"two layers of SmolVLA, 3 cameras", 2, 720, 2048, 15, 5, 64, 241, 50, 2, false, true, true},
+        {"two layers of SmolVLA, odd", 2, 720, 2048, 15, 5, 64, 305, 63, 2, false, true, true},
         {"a layer of pi0.5", 1, 1024, 4096, 8, 1, 256, 560, 50, 2, true, false, false},
         {"a layer of pi0, H=10", 1, 1024, 4096, 8, 1, 256, 560, 11, 2, false, false, true, 1},
         {"a layer of pi0.5, 3 cameras", 1, 1024, 4096, 8, 1, 256, 816, 51, 1, true, false, false},
     };
     for (const Sizes& s : sizes) {
+      if (std::string(s.name).find(only) == std::string::npos) continue;
       Head head(s);
       const int before = ran;
       Settings settings;
@@ -325,6 +339,10 @@ struct Suite {
         Settings other = settings;
         other.clusters = held - 1;
         one(head, s, other, 3, false);
+        if (s.d == 64) {
+          other = settings, other.joins = false;
+          one(head, s, other, 3, false);
+        }
         if (s.width <= 128) {
           other = settings, other.min_units = 2;
           one(head, s, other, 3, false);
@@ -336,6 +354,7 @@ struct Suite {
       if (stuck) break;  // every variant of these sizes has had its turn; the others would not say more
       if (quick && &s == sizes + 2) break;
     }
+    if (only.empty()) report.require("some loop has qkv joined to its attention", joined > 0);
     std::printf("head_check: %d checks, %d failures, %d tables refused, worst error %.2e\n", report.checks,
                 report.failures, refused, report.worst);
     return stuck ? 3 : report.failures ? 1 : 0;
@@ -348,6 +367,7 @@ struct Suite {
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what was printed before a time limit is not lost
   vla::test::Suite suite;
-  suite.quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+  for (int i = 1; i < argc; ++i)
+    std::strcmp(argv[i], "quick") == 0 ? void(suite.quick = true) : void(suite.only = argv[i]);
   return suite.all();
 }

@@ -142,7 +142,8 @@ class Persistent {
 std::string name_of(const Settings& s) {
   return std::to_string(s.clusters) + " clusters, units " + std::to_string(s.min_units) + ", slots " +
          std::to_string(s.max_slots) + ", stages of " +
-         (s.stage ? std::to_string(s.stage / 1024) + " KB" : "its own choice");
+         (s.stage ? std::to_string(s.stage / 1024) + " KB" : "its own choice") +
+         (s.joins ? "" : ", nothing joined");
 }
 
 }  // namespace
@@ -176,6 +177,11 @@ int main(int argc, char** argv) {
     Settings v;
     v.clusters = held;
     variants.push_back(v);
+    if (s.d == 64) {
+      v.joins = false;
+      variants.push_back(v);
+      v.joins = true;
+    }
     for (int stage : {8192, 16384, 20480, 24576}) {
       v.stage = stage;
       if (all) variants.push_back(v);

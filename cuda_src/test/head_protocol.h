@@ -166,9 +166,10 @@ class Play {
   void end_read(int cta, int at, int bytes) {
     for (int i = at / 1024; i <= (at + bytes - 1) / 1024; ++i) --ctas_[cta].memory[i].readers;
   }
-  void report(int cta, int g) {
-    if (!passed(g)) throw Wrong{"a block that is done before the phase began"};
-    if (flags_[cta] != g) throw Wrong{"a block that is done twice or out of order"};
+  // joined: the phase before is done, too; it is in the counter already.
+  void report(int cta, int g, bool joined = false) {
+    if (!passed(g - joined)) throw Wrong{"a block that is done before the phase began"};
+    if (flags_[cta] != g - joined) throw Wrong{"a block that is done twice or out of order"};
     ++counter_, flags_[cta] = g + 1;
   }
   bool passed(int g) const {
@@ -182,7 +183,7 @@ class Play {
     return {[&b, parity] { return b.passed(parity); }};
   }
 
-  // ---- roles, as in block.cuh, spread.cuh, split.cuh and attention.cuh
+  // ---- roles, as in block.cuh, spread.cuh, joined.cuh, split.cuh and attention.cuh
   Agent feeder(int cta) {
     Cta& me = ctas_[cta];
     int slot = 0, parity = 0, keys_parity = 0;
@@ -219,6 +220,14 @@ class Play {
         const int g = 1 + step * t_.phases + i;
         const Phase& p = t_.phase[i];
         const bool busy = is_busy(p, cta, R);
+        if (p.joined && p.kind == Kind::kAttention) continue;
+        if (p.joined && busy) {
+          const AttentionPart& a = t_.phase[i + 1].attention;
+          const int each = key_rows(a) * kChunkBytes, bytes = a.prefix_rows * kChunkBytes;
+          me.keys[0].expect(2 * bytes);
+          for (int c = 0; c < 2; ++c) send(cta, a.at + c * each, bytes, tag(g + 1, 400), me.keys[0]);
+          me.keys[1].expect(joined_received(a, R));
+        }
         const auto spread = [&](int to, int chunks, int rows, bool one) {
           const int pieces = pieces_of(rows);
           for (int n = rank; n < chunks * pieces; n += C) {
@@ -239,15 +248,15 @@ class Play {
             }
             me.keys[0].expect(copied * a.prefix_rows * kChunkBytes);
             for (int c = 0; c < copied && a.prefix_rows; ++c)
-              send(cta, c * each, a.prefix_rows * kChunkBytes, tag(g, 400), me.keys[0]);
+              send(cta, a.at + c * each, a.prefix_rows * kChunkBytes, tag(g, 400), me.keys[0]);
           }
           co_await until([this, g] { return passed(g); });
           if (busy) {
             const int rows = p.stack.rows;
             me.keys[1].expect(copied * a.fresh_rows * kChunkBytes + p.chunks * rows * kChunkBytes);
-            spread(queries_at(p), p.chunks, rows, true);
+            spread(a.at + queries_at(p), p.chunks, rows, true);
             for (int c = 0; c < copied && a.fresh_rows; ++c)
-              send(cta, c * each + a.prefix_rows * kChunkBytes, a.fresh_rows * kChunkBytes, tag(g, 401),
+              send(cta, a.at + c * each + a.prefix_rows * kChunkBytes, a.fresh_rows * kChunkBytes, tag(g, 401),
                    me.keys[1]);
           }
         } else {
@@ -261,7 +270,10 @@ class Play {
               send(cta, c * R * kChunkBytes, R * kChunkBytes, tag(g, c), me.x_full);
           }
         }
-        if (!busy) report(cta, g);
+        if (!busy) {
+          counter_ += p.joined;
+          report(cta, g + p.joined, p.joined);
+        }
       }
     ++me.done;
   }
@@ -294,10 +306,11 @@ class Play {
       for (s += count; s >= t_.slots; s -= t_.slots) its ^= 1;
     };
     if (group == 0) report(cta, 0);
-    const auto receive = [&](int g, int at, int rows, int64_t bytes, int which) {  // what this group sends
+    // What this group sends to the owners of rows. (Cells are coarser than that: the sources share the `width`
+    // bytes, the tag is the phase's.)
+    const auto receive = [&](int g, int at, int rows, int64_t bytes, int which, int width) {
       for (int owner = 0; owner * 8 < rows; ++owner) {
-        // (cells are coarser than what is sent: the sources share them, the tag is the phase's)
-        send(first + owner, at / 1024 * 1024, 1, tag(g, 900 + which), ctas_[first + owner].sums[which]);
+        send(first + owner, at / 1024 * 1024, width, tag(g, 900 + which), ctas_[first + owner].sums[which]);
         late_.back().bytes = bytes;
       }
     };
@@ -305,7 +318,7 @@ class Play {
       for (int i = 0; i < t_.phases; ++i) {
         const Phase& p = t_.phase[i];
         const int g = 1 + step * t_.phases + i;
-        const bool frees = p.kind == Kind::kQkv && is_busy(t_.phase[i + 1], cta, R);
+        const bool frees = p.kind == Kind::kQkv && !p.joined && is_busy(t_.phase[i + 1], cta, R);
         if (!is_busy(p, cta, R)) continue;
         const bool owner = owns(R, rank);
         if (p.kind == Kind::kAttention) {
@@ -313,7 +326,7 @@ class Play {
           const AttentionPart& a = p.attention;
           const HeadTask task = head_task(p, t_.m, cta / C);
           const int bytes = 8 * (a.columns * kChunk * 2 + 8);  // from each block to each owner
-          const int rows = p.stack.rows, exchange = t_.x_bytes;
+          const int rows = p.stack.rows, exchange = t_.x_bytes, width = C * 8 * a.columns * kChunk * 2;
           const bool its = owns(task.rows, rank);
           if (its) me.sums[0].expect(C * bytes);
           co_await wait(me.keys[0], keys_parity);
@@ -322,31 +335,31 @@ class Play {
           const int each = key_rows(a) * kChunkBytes, old = a.prefix_rows * kChunkBytes,
                     fresh = a.fresh_rows * kChunkBytes;
           for (int c = 0; c < p.chunks + a.columns; ++c) {
-            begin_read(cta, c * each, old, tag(g, 400));
-            if (fresh) begin_read(cta, c * each + old, fresh, tag(g, 401));
+            begin_read(cta, a.at + c * each, old, tag(g, 400));
+            if (fresh) begin_read(cta, a.at + c * each + old, fresh, tag(g, 401));
           }
-          begin_read(cta, queries_at(p), p.chunks * rows * kChunkBytes, tag(g, 500));
+          begin_read(cta, a.at + queries_at(p), p.chunks * rows * kChunkBytes, tag(g, 500));
           co_await until([] { return true; });
           for (int c = 0; c < p.chunks + a.columns; ++c) {
-            end_read(cta, c * each, old);
-            if (fresh) end_read(cta, c * each + old, fresh);
+            end_read(cta, a.at + c * each, old);
+            if (fresh) end_read(cta, a.at + c * each + old, fresh);
           }
-          end_read(cta, queries_at(p), p.chunks * rows * kChunkBytes);
-          receive(g, exchange, task.rows, bytes, 0);
+          end_read(cta, a.at + queries_at(p), p.chunks * rows * kChunkBytes);
+          receive(g, exchange, task.rows, bytes, 0, width);
           if (its) {
             co_await wait(me.sums[0], sums_parity);
             sums_parity ^= 1;
-            begin_read(cta, exchange / 1024 * 1024, 1, tag(g, 900));
+            begin_read(cta, exchange / 1024 * 1024, width, tag(g, 900));
             co_await until([] { return true; });
-            end_read(cta, exchange / 1024 * 1024, 1);
+            end_read(cta, exchange / 1024 * 1024, width);
           }
-          report(cta, g);
+          report(cta, g, p.joined);
           continue;
         }
         const Share s = share_of(p, cta);
         const int arrive = arriving(p, cta), stages = divide_up(s.count(), p.stage_chunks);
         int at = slot, its = parity;
-        const int turns = is_split(p) ? 1 : 2;  // warpgroups that multiply
+        const int turns = is_split(p) || p.joined ? 1 : 2;  // warpgroups that multiply
         if (turns == 2) skip(at, its, group);
         skip(slot, parity, stages);
         if (is_split(p) && owner && group == 0) me.sums[2].expect(int64_t(senders(p)) * 8 * p.tile_rows * 4);
@@ -378,6 +391,21 @@ class Play {
           for (int k = 0; k < 4; ++k) me.empty[before].arrive();
         for (const int x : read) end_read(cta, x * R * kChunkBytes, R * kChunkBytes);
         for (int k = 0; frees && k < 4; ++k) me.free_x.arrive();
+        if (p.joined) {  // queries to all, keys and values to the block that has their rows
+          if (group > 0) continue;
+          const AttentionPart& a = t_.phase[i + 1].attention;
+          const int fresh = a.fresh_rows * kChunkBytes, each = key_rows(a) * kChunkBytes;
+          for (int k = first; k < first + C; ++k) {
+            send(k, a.at + queries_at(t_.phase[i + 1]), R * kChunkBytes, tag(g + 1, 500), ctas_[k].keys[1]);
+            late_.back().bytes = R * kChunkBytes / C;
+            for (int c = 0; fresh && c < 2; ++c) {
+              send(k, a.at + c * each + each - fresh, fresh, tag(g + 1, 401), ctas_[k].keys[1]);
+              late_.back().bytes = fresh / C;
+            }
+          }
+          ++counter_;
+          continue;
+        }
         if (s.count() > 0 && !is_split(p)) {
           // each writes for the other: both tags are this phase's
           const int bytes = kConsumers * p.tile_rows;
@@ -387,7 +415,7 @@ class Play {
           co_await until([] { return true; });
           end_read(cta, t_.x_bytes, bytes);
         }
-        if (s.count() > 0 && is_split(p) && group == 0) receive(g, receive_at(t_), R, 8 * p.tile_rows * 4, 2);
+        if (s.count() > 0 && is_split(p) && group == 0) receive(g, receive_at(t_), R, 8 * p.tile_rows * 4, 2, 1);
         if (is_split(p) && owner) {
           co_await wait(me.sums[2], split_parity);
           split_parity ^= 1;

@@ -76,10 +76,55 @@ inline void Head::walk() {
         }
       }
   };
+  // Keys, values and queries in each block's shared memory, where qkv is joined to its attention.
+  std::vector<std::vector<Bits>> blocks(t.ctas);
+  const auto join = [&](const Phase& p, const Phase& next, int step) {
+    const AttentionPart& a = next.attention;
+    for (int cta = 0; cta < p.tiles; ++cta) {
+      blocks[cta].assign(queries_at(next) / 2 + R * kChunk, to_bits(NAN));
+      const HeadTask task = head_task(next, t.m, cta / C);
+      const int64_t from = key_index(task.key_head, cta % C, 1, a.prefix_rows, 0, 0);
+      for (int j = 0; j < a.prefix_rows * kChunk; ++j)
+        blocks[cta][j] = a.packed_k[from + j], blocks[cta][values_at(next) / 2 + j] = a.packed_v[from + j];
+    }
+    for (int cta = 0; cta < p.tiles; ++cta) {
+      const std::vector<double> acc = multiply(p, share_of(p, cta));
+      const int rank = cta % C, first = cta - rank;
+      for (int part = 0; part < p.tile_rows / kJoinedColumns; ++part)
+        for (int row = 0; row < 64; ++row)
+          for (int pair = 0; pair < kJoinedColumns; pair += 2) {
+            double y[2] = {};
+            for (int e = 0; e < 2 && row < t.m; ++e) {
+              y[e] = acc[row * p.tile_rows + part * kJoinedColumns + pair + e] * rms_of(p, row);
+              if (const float* shift = p.shift.at(step))
+                y[e] += shift[shift_row(p, part, source_row(p, cta, part * kJoinedColumns + pair).row +
+                                                     e * (kChunk / 2))];
+            }
+            const int column = joined_column(rank, pair);
+            if (p.qkv.rope && part < 2 && row < t.m) {
+              const float* table =
+                  p.qkv.rope + int64_t(p.qkv.positions[row * p.qkv.ld_positions]) * p.qkv.ld_rope;
+              const double cosine = table[column], sine = table[column + kChunk / 2], x = y[0];
+              y[0] = x * cosine - y[1] * sine, y[1] = y[1] * cosine + x * sine;
+            }
+            for (int e = 0; e < 2; ++e) {
+              const Bits v = to_bits(float(y[e]));
+              const int c = column + e * (kChunk / 2);
+              for (int k = 0; part == 0 && row < R && k < C; ++k)
+                blocks[first + k][queries_at(next) / 2 + act_index(0, row, c)] = v;
+              if (part > 0)
+                blocks[first + row / kFreshRows][(part == 1 ? 0 : values_at(next) / 2) +
+                                                 act_index(0, a.prefix_rows + row % kFreshRows, c)] = v;
+            }
+          }
+    }
+  };
   for (int step = 0; step < (look_ ? 1 : t.steps); ++step) {
     for (int i = 0; i < t.phases; ++i) {
       const Phase& p = t.phase[i];
-      if (is_spread(p)) {
+      if (p.joined && p.kind == Kind::kQkv) {
+        join(p, t.phase[i + 1], step);
+      } else if (is_spread(p)) {
         for (int cta = 0; cta < t.ctas; ++cta) {
           const Share s = share_of(p, cta);
           if (s.count() == 0) continue;
@@ -187,15 +232,18 @@ inline void Head::walk() {
         for (int cluster = 0; cluster < p.tiles; ++cluster) {
           const HeadTask task = head_task(p, t.m, cluster);
           const int octets = 8 * a.columns, columns = a.columns * kChunk;
-          const Bits* queries = p.x + int64_t(task.tile) * p.chunks * p.stack.rows * kChunk;
           Received received(C, std::vector<float>(kExchange / 4, NAN));
           const auto halves = [&](int owner, int source, int row, int octet) {
             return reinterpret_cast<Bits*>(received[owner].data()) +
                    receive_octet(source, row, octet, octets) / 2;
           };
           for (int rank = 0; rank < C; ++rank) {
+            const Bits* block = blocks[cluster * C + rank].data();
+            const Bits* queries =
+                p.joined ? block + queries_at(p) / 2 : p.x + int64_t(task.tile) * p.chunks * p.stack.rows * kChunk;
             const auto row_of = [&](bool key, int c,
                                     int j) {  // (chunk of 64 columns, row) as it lies in shared memory
+              if (p.joined) return block + (key ? 0 : values_at(p) / 2) + j * kChunk;
               const bool old = j < a.prefix_rows;
               const int rows = old ? a.prefix_rows : a.fresh_rows;
               const Bits* from = old ? (key ? a.packed_k : a.packed_v) : (key ? a.fresh_k : a.fresh_v);

@@ -87,8 +87,8 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
                                           : INT_MAX - 1;
   }
   const int chunks = kept(p.chunks);
-  const uint32_t values = b.base + kept(values_at(p));
-  uint32_t q = tile_low(b.base + kept(queries_at(p))), k = tile_low(b.base);
+  const uint32_t keys = b.base + kept(a.at), values = keys + kept(values_at(p));
+  uint32_t q = tile_low(keys + kept(queries_at(p))), k = tile_low(keys);
   const int q_step = kept(p.stack.rows * kChunkBytes >> 4);
   // what this thread finishes: 8 columns of a row, of 128 columns or 64; the same of the next 128
   constexpr int kOctets = 8 * kPair;
@@ -100,11 +100,10 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
   }
   const int out_step = t.rows * kPair * kChunk;
   named_barrier(2, kGroup);
-  if (copies) {
-    wait_on(b.keys(0), state.keys_parity, w, kForKeys, 0);
-    wait_on(b.keys(1), state.keys_parity, w, kForKeys, 1);
-    state.keys_parity ^= 1;
-  }
+  if (copies) wait_on(b.keys(0), state.keys_parity, w, kForKeys, 0);
+  if (t.parts & (p.joined ? 8 : 4)) wait_on(b.keys(1), state.keys_parity, w, kForKeys, 1);
+  state.keys_parity ^= 1;
+  shared_proxy_fence();  // what siblings have stored, where qkv is joined, is the matrix unit's to read
   stamp(t, g, 1);
 
   float s[NK / 2];

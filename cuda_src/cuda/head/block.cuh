@@ -4,7 +4,8 @@
 // blocks][barriers]. The first two change hands between phases only: what a sibling or the copy engine puts
 // there in phase g comes after the barrier between blocks, so after everything that this block did in phase g
 // - 1. The keys of the prefix are earlier: they wait for this block's own products (free_x), and no sibling
-// writes where they go.
+// writes where they go. Where qkv is joined to its attention, keys, values and queries have a part of the
+// exchange for themselves: nothing but another such pair uses it, and between two pairs there is a barrier.
 #pragma once
 
 #include "multiply.cuh"
@@ -157,6 +158,29 @@ __device__ __forceinline__ Copy shared_copy(const Block& b, uint32_t to, const B
 }
 static_assert(2 * kMaxChunks <= 32 * kCluster, "a lane has a piece at most");
 
+// A lane's chunk of a block's keys and values, from row `first` on: all of the keys, the columns of the values
+// that the cluster wants. k, v: of one kind, `rows` a block.
+__device__ __forceinline__ Copy key_copy(const Block& b, const Phase& p, const HeadTask& task, const Bits* k,
+                                         const Bits* v, int rows, int first) {
+  const AttentionPart& a = p.attention;
+  const int lane = threadIdx.x % 32, bytes = rows * kChunkBytes;
+  const bool key = lane < p.chunks;
+  const int c = key ? lane : task.column + lane - p.chunks;
+  return {b.base + a.at + (lane * key_rows(a) + first) * kChunkBytes,
+          reinterpret_cast<const std::byte*>(key ? k : v) +
+              (static_cast<int64_t>(task.key_head * kCluster + b.rank) * p.chunks + c) * bytes,
+          lane < p.chunks + a.columns ? bytes : 0};
+}
+// By a whole warp: the prefix's keys and values of a block, of attention p.
+__device__ __forceinline__ void load_prefix(const Block& b, const Phase& p, const HeadTask& task) {
+  const AttentionPart& a = p.attention;
+  if (threadIdx.x % 32 == 0)
+    barrier_expect(b.keys(0), (p.chunks + a.columns) * a.prefix_rows * kChunkBytes);
+  __syncwarp();
+  const Copy old = key_copy(b, p, task, a.packed_k, a.packed_v, a.prefix_rows, 0);
+  if (old.bytes > 0) bulk_load(old.to, old.from, old.bytes, b.keys(0));
+}
+
 // A warp: waits for the other blocks, then has copied what the phase reads.
 __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
@@ -170,31 +194,25 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
       const Phase& p = t.phase[i];
       const bool busy = is_busy(p, b.cta, t.rows), attends = p.kind == Kind::kAttention;
       w.phase = g;
+      if (p.joined && attends) continue;  // all that it reads came with the phase before
+      if (p.joined && busy) {
+        const Phase& next = t.phase[i + 1];
+        if (copies) load_prefix(b, next, head_task(next, t.m, b.cluster_number));
+        if (lane == 0 && (t.parts & 8)) barrier_expect(b.keys(1), joined_received(next.attention, t.rows));
+      }
       Copy x{0, nullptr, 0}, own{0, nullptr, 0};  // to all of the cluster; to this block
       int expected = 0, idle = !takes_part(t, p, b.cta);
       if (attends && busy && copies) {
         const AttentionPart& a = p.attention;
         const HeadTask task = head_task(p, t.m, b.cluster_number);
         const int copied = p.chunks + a.columns, queries = p.chunks * p.stack.rows;  // rows of 128 bytes
-        // keys and values, or the columns of them that the cluster wants, of one kind: a lane copies a chunk
-        const auto of_keys = [&](const Bits* k, const Bits* v, int rows, int first) -> Copy {
-          const bool key = lane < p.chunks;
-          const int c = key ? lane : task.column + lane - p.chunks, bytes = rows * kChunkBytes;
-          return {b.base + (lane * key_rows(a) + first) * kChunkBytes,
-                  reinterpret_cast<const std::byte*>(key ? k : v) +
-                      (static_cast<int64_t>(task.key_head * kCluster + b.rank) * p.chunks + c) * bytes,
-                  lane < copied ? bytes : 0};
-        };
         if (takes_part(t, t.phase[i - 1], b.cta)) {  // the queries' products, which read x
           wait_on(b.free_x(), free_parity, w, kForFreeX, 0);
           free_parity ^= 1;
         }
-        if (lane == 0) barrier_expect(b.keys(0), copied * a.prefix_rows * kChunkBytes);
-        __syncwarp();
-        const Copy old = of_keys(a.packed_k, a.packed_v, a.prefix_rows, 0);
-        if (old.bytes > 0) bulk_load(old.to, old.from, old.bytes, b.keys(0));
-        own = of_keys(a.fresh_k, a.fresh_v, a.fresh_rows, a.prefix_rows);
-        x = shared_copy(b, b.base + queries_at(p), p.x + task.tile * queries * kChunk, p.chunks,
+        load_prefix(b, p, task);
+        own = key_copy(b, p, task, a.fresh_k, a.fresh_v, a.fresh_rows, a.prefix_rows);
+        x = shared_copy(b, b.base + a.at + queries_at(p), p.x + task.tile * queries * kChunk, p.chunks,
                         p.stack.rows);
         expected = (copied * a.fresh_rows + queries) * kChunkBytes;
       } else if (!attends && copies) {
@@ -219,7 +237,10 @@ __device__ __forceinline__ void load(const Table& t, const Block& b, Watch& w) {
       if (x.bytes > 0) copy_to_all(x.to, x.from, x.bytes, barrier, (1 << kCluster) - 1);
       if (own.bytes > 0) bulk_load(own.to, own.from, own.bytes, barrier);
       if (t.stamps && b.cta == 0 && lane == 0) t.stamps[(g - 1) * 4] = clock64();
-      if (lane == 0 && idle) report_done(t);
+      if (lane == 0 && idle) {
+        if (p.joined) report_joined(t);
+        report_done(t);
+      }
     }
   }
 }

@@ -40,6 +40,7 @@ class Builder {
             "actions");
     t_.sample = reinterpret_cast<const float*>(actions_.base), t_.ld_sample = static_cast<int>(actions_.ld);
     t_.action_n = actions_.cols;
+    joined_at_ = find_joined();
     t_.actions = take<Bits>(size_t(divide_up(actions_.cols, kChunk)) * t_.rows * kChunk);
     for (size_t i = 0; i < body_.size(); ++i) {
       Phase& p = t_.phase[i];
@@ -223,9 +224,12 @@ class Builder {
     require(op.q.dtype == DType::kBF16 && op.q.rows == t_.m && op.q.step_bytes == 0,
             "queries of another shape");
     p.stack = arrange(*a).stack;
-    Bits*& queries = queries_[query_elements(p)];
-    if (!queries) queries = take<Bits>(query_elements(p));
-    p.out = queries;
+    p.joined = joined_at_ > 0;
+    if (!p.joined) {
+      Bits*& queries = queries_[query_elements(p)];
+      if (!queries) queries = take<Bits>(query_elements(p));
+      p.out = queries;
+    }
     QkvPart& q = p.qkv;
     q.units[0] = op.q.cols / 16, q.units[1] = op.k ? op.k.cols / 16 : 0,
     q.units[2] = op.v ? op.v.cols / 16 : 0;
@@ -246,7 +250,14 @@ class Builder {
         *to = shared;
       }
     }
-    spread(p);
+    if (p.joined) {
+      p.units = units_of(p), p.tile_rows = kJoinedColumns * (op.k ? 3 : 1);
+      p.tiles = op.q.cols / kChunk * kCluster;
+      x_chunks_ = std::max(x_chunks_, p.chunks);
+      stages(p);
+    } else {
+      spread(p);
+    }
     p.w = memory_.pack(p, op.w);
   }
 
@@ -272,6 +283,46 @@ class Builder {
     return best;
   }
 
+  // Rows of keys of the prefix that a block has, with `fresh` rows of the loop's keys behind them as many as
+  // the kernel is made for; 0: there is no room.
+  static int prefix_rows(int prefix, int fresh) {
+    const int rows = pad_to(divide_up(prefix, kCluster), 8) + fresh;
+    for (int i = 0; rows <= kMaxKeys; ++i)
+      if (key_rows_made(i) >= rows) return key_rows_made(i) - fresh;
+    return 0;
+  }
+  // Where in the exchange each qkv joined to its attention (layout.h) has its keys, values and queries; 0: they
+  // are phases of their own. What is joined saves a wait between all blocks, some kSaved cycles (docs:
+  // performance.md). It costs the columns of k and v that are computed by more than one cluster: a product of
+  // 16 of k takes as long for 8 columns as for 64, so what counts are their weights, kBytesPerCycle of a block.
+  static constexpr int kSaved = 2000, kBytesPerCycle = 16;
+  int find_joined() const {
+    if (!s_.joins) return 0;
+    int before = kCluster * 8 * kChunk * 2, bytes = 0, gained = 0;  // before: what attention is sent
+    for (size_t i = 0; i < body_.size(); ++i) {
+      if (const auto* g = std::get_if<GatedLinear>(&body_[i])) {
+        const int units = std::max(divide_up(g->out.cols / 8, t_.ctas), s_.min_units);
+        before = std::max(before, kConsumers * 16 * units);  // what its warpgroups exchange
+      }
+      const auto* a = std::get_if<Attention>(&body_[i]);
+      if (!a) continue;
+      const auto* q = i > 0 ? std::get_if<Qkv>(&body_[i - 1]) : nullptr;
+      const int heads = a->q.cols / kChunk, fresh = q && q->k ? kFreshRows : 0;
+      if (i >= 2 && std::holds_alternative<Attention>(body_[i - 2])) return 0;  // two pairs, no phase between
+      if (!q || a->head_dim != kChunk || heads > s_.clusters || arrange(*a).stack.heads != 1) return 0;
+      if (a->k.cols % kChunk != 0 || heads % (a->k.cols / kChunk) != 0) return 0;
+      const int keys = prefix_rows(a->k.rows - (fresh ? t_.m : 0), fresh) + fresh;
+      if (keys == fresh) return 0;
+      bytes = std::max(bytes, (2 * keys + t_.rows) * kChunkBytes);
+      const int columns = q->q.cols + (q->k ? 2 * q->k.cols : 0),
+                apart = 16 * std::max(divide_up(columns / 16, t_.ctas), s_.min_units),
+                together = kJoinedColumns * (q->k ? 3 : 1);
+      gained += kSaved - (together - apart) * pad_to(q->x.cols, kChunk) * 2 / kBytesPerCycle;
+    }
+    before = pad_to(before, 1024);
+    return gained > 0 && before + bytes <= receive_stats(0, 0) ? before : 0;
+  }
+
   void fill(Phase& p, const Attention& op) {
     p.kind = Kind::kAttention, p.n = op.q.cols, p.head_dim = op.head_dim, p.chunks = op.head_dim / kChunk;
     p.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(op.head_dim));
@@ -281,7 +332,7 @@ class Builder {
     const Arrangement arrangement = arrange(op);
     require(arrangement.columns > 0, "more heads than clusters");
     p.stack = arrangement.stack;
-    p.x = t_.phase[index_ - 1].out, p.out = writes(op.out);
+    p.x = t_.phase[index_ - 1].out, p.out = writes(op.out), p.joined = joined_at_ > 0;
     AttentionPart& a = p.attention;
     for (const View* v : {&op.k, &op.v}) {
       require(v->dtype == DType::kBF16 && v->step_bytes == 0 && v->ld % 8 == 0 &&
@@ -308,18 +359,12 @@ class Builder {
     a.kv_heads = op.k.cols / op.head_dim;
     const int stacks = op.q.cols / op.head_dim / p.stack.heads;
     a.stacks_per_key = stacks / a.kv_heads;
-    a.prefix_rows = pad_to(divide_up(a.prefix, kCluster), 8);
-    require(key_rows(a) <= kMaxKeys, "more keys than a block has room for");
-    for (int i = 0;; ++i) {
-      const int rows = key_rows_made(i);
-      if (rows < key_rows(a)) continue;
-      a.prefix_rows = rows - a.fresh_rows;
-      break;
-    }
+    a.prefix_rows = prefix_rows(a.prefix, a.fresh_rows);
+    require(a.prefix_rows > 0, "more keys than a block has room for");
     a.columns = arrangement.columns, p.tiles = stacks * p.stack.tiles * p.chunks / a.columns;
     const size_t count = size_t(op.k.cols) * kCluster * a.prefix_rows;
     a.packed_k = take<Bits>(count), a.packed_v = take<Bits>(count);
-    keys_bytes_ = std::max(keys_bytes_, queries_at(p) + p.chunks * p.stack.rows * kChunkBytes);
+    if (!p.joined) keys_bytes_ = std::max(keys_bytes_, queries_at(p) + p.chunks * p.stack.rows * kChunkBytes);
   }
 
   void fill(Phase& p, const Euler& op) {
@@ -358,10 +403,11 @@ class Builder {
     t_.slots = std::min(ring / t_.stage, std::min(s_.max_slots, kMaxSlots)) / 2 * 2;
     for (int i = 0; i < t_.phases; ++i) {
       Phase& p = t_.phase[i];
+      if (p.kind == Kind::kAttention && p.joined) p.attention.at = t_.x_bytes + joined_at_;
       if (p.kind == Kind::kAttention) continue;
       const int count = chunks_of(p);
       int stages = divide_up(count, t_.stage / (p.tile_rows * kChunkBytes));
-      if (is_spread(p) && count > 1) stages = pad_to(stages, 2);  // as many for both warpgroups
+      if (is_spread(p) && !p.joined && count > 1) stages = pad_to(stages, 2);  // as many for both warpgroups
       p.stage_chunks = divide_up(count, stages);
     }
     require(t_.slots >= 4, "no room for weights beside x and the keys");
@@ -380,6 +426,7 @@ class Builder {
   std::map<Key, float*> squares_;
   std::map<std::pair<size_t, bool>, Bits*> fresh_;
   int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0;
+  int joined_at_ = 0;  // see find_joined()
   int widest_ = 0;  // bytes of the widest chunk of weights
 };
 

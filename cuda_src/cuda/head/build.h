@@ -16,6 +16,7 @@ struct Settings {
   int min_units = 1;          // units of 16 columns that a block of a spread phase has at least
   int max_slots = kMaxSlots;  // of the weight ring
   int stage = 0;              // bytes of one; 0: as share_memory() finds best
+  bool joins = true;          // qkv with its attention, where that is counted to be quicker
 };
 
 // What is known of an operation beside the operation itself (plan.h, Known).

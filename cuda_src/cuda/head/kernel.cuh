@@ -1,8 +1,8 @@
 // The persistent action head's kernel.
 #pragma once
 
-#include "attention.cuh"
 #include "head.h"
+#include "joined.cuh"
 #include "spread.cuh"
 
 namespace vla::cuda::head {
@@ -90,6 +90,12 @@ __device__ __forceinline__ void consume(const Table& t, const Block& b, Watch& w
       w.phase = g;
       if (p.kind == Kind::kAttention) {
         if (group == 0) attention<0>(key_rows(p.attention), t, b, p, g, state, w);
+      } else if (p.joined) {  // and then its attention
+        if (p.tile_rows == kJoinedColumns) {
+          joined_products<1>(t, b, p, t.phase[i + 1], step, g, state, w);
+        } else {
+          joined_products<3>(t, b, p, t.phase[i + 1], step, g, state, w);
+        }
       } else if (is_split(p)) {
         if (p.tile_rows == 64) {
           split_phase<64>(t, b, p, step, g, state, w);

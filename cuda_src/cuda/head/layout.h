@@ -91,6 +91,7 @@ struct AttentionPart {
   int stacks_per_key;           // stacks of query heads of a key head
   int columns;                  // groups of 64 columns of the output that a cluster has, 1, 2 or 4
   int kv_heads;
+  int at;  // where keys, values and queries lie in shared memory, from where x begins
 };
 // Rows before Table::first: what they are where the hidden state begins, instead of sums. Null elsewhere.
 struct LinearPart {
@@ -128,6 +129,7 @@ struct Phase {
   int head_dim;
   Stack stack;  // qkv and attention
   int act;      // vla::Act
+  int joined;   // qkv and the attention after it: no wait between all blocks is between them, see below
   int normed;   // the sums are scaled by the rows' 1 / rms
   int residual;
   float scale, eps, mean;  // mean: 1 / columns of x before padding
@@ -239,10 +241,23 @@ VLA_HD int units_of(const Phase& p) {
 struct SourceRow {
   int part, row;  // -1: none, zeros
 };
+// Where qkv is joined to its attention a cluster has a head (of kChunk columns): block `rank` has four columns
+// of each half of q, where it is self-attention of k and v, too, and sends them where they belong in its
+// siblings' shared memory. Columns that rotation turns into each other are side by side, in a thread's
+// registers. Key heads are computed by each cluster that has one of their query heads.
+constexpr int kJoinedColumns = kChunk / kCluster;
+VLA_HD int joined_column(int rank, int i) {  // of a part's kJoinedColumns
+  return kJoinedColumns / 2 * rank + i / 2 + i % 2 * (kChunk / 2);
+}
 VLA_HD SourceRow source_row(const Phase& p, int tile, int r) {
   if (is_split(p)) {
     const int row = tile * p.tile_rows + r;
     return {0, row < p.n ? row : -1};
+  }
+  if (p.joined) {
+    const unsigned part = r / kJoinedColumns, head = tile / kCluster;
+    const int its = part == 0 ? head : head / (static_cast<unsigned>(p.qkv.units[0]) / p.qkv.units[1]);
+    return {static_cast<int>(part), its * kChunk + joined_column(tile % kCluster, r % kJoinedColumns)};
   }
   const int unit = tile * (p.tile_rows / 16) + r / 16, second = r % 16 / 8;
   if (unit >= p.units) return {0, -1};
@@ -338,6 +353,12 @@ VLA_HD constexpr int key_rows_made(int i) { return i == 0 ? 32 : i == 1 ? 48 : i
 VLA_HD int values_at(const Phase& p) { return p.chunks * key_rows(p.attention) * kChunkBytes; }
 VLA_HD int queries_at(const Phase& p) {
   return (p.chunks + p.attention.columns) * key_rows(p.attention) * kChunkBytes;
+}
+
+// What siblings send there where qkv is joined: all rows of queries, and those of the loop's keys and values that are its own,
+// behind the prefix's. Bytes.
+VLA_HD int joined_received(const AttentionPart& a, int rows) {
+  return (rows + 2 * a.fresh_rows) * kChunkBytes;
 }
 
 // ---- sums from block to block in a split phase: units of 16 bytes, 4 columns of a row. Octet j of row `row`

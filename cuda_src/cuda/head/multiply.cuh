@@ -10,6 +10,20 @@ template <int N>
 __device__ __forceinline__ void multiply_add(float (&c)[N / 2], uint64_t a, uint64_t b);
 
 template <>
+__device__ __forceinline__ void multiply_add<8>(float (&c)[4], uint64_t a, uint64_t b) {
+#if VLA_SM90A
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3}, "
+      "%4, %5, 1, 1, 1, 0, 0;"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "l"(a), "l"(b));
+#else
+  (void)c, (void)a, (void)b;
+#endif
+}
+
+template <>
 __device__ __forceinline__ void multiply_add<16>(float (&c)[8], uint64_t a, uint64_t b) {
 #if VLA_SM90A
   asm volatile(
@@ -17,6 +31,20 @@ __device__ __forceinline__ void multiply_add<16>(float (&c)[8], uint64_t a, uint
       "%0, %1, %2, %3, %4, %5, %6, %7}, "
       "%8, %9, 1, 1, 1, 0, 0;"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
+      : "l"(a), "l"(b));
+#else
+  (void)c, (void)a, (void)b;
+#endif
+}
+
+template <>
+__device__ __forceinline__ void multiply_add<24>(float (&c)[12], uint64_t a, uint64_t b) {
+#if VLA_SM90A
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, "
+      "%12, %13, 1, 1, 1, 0, 0;"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11])
       : "l"(a), "l"(b));
 #else
   (void)c, (void)a, (void)b;

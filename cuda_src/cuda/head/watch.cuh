@@ -127,6 +127,12 @@ __device__ __forceinline__ void proxy_fence() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
+// The same of shared memory, before the matrix unit reads it.
+__device__ __forceinline__ void shared_proxy_fence() {
+#if VLA_SM90
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void add_done(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
@@ -144,6 +150,10 @@ __device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned
 }
 __device__ __forceinline__ void report_done(const Table& t) {
   if (t.parts & 2) add_done(t.counter);
+}
+// Of the first of two joined phases, which is counted and which nothing waits for: nothing to release.
+__device__ __forceinline__ void report_joined(const Table& t) {
+  if (t.parts & 2) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(t.counter) : "memory");
 }
 // By a whole warp: all blocks are done with the first g phases.
 __device__ __forceinline__ void wait_for_blocks(const Table& t, unsigned g, Watch& w) {
