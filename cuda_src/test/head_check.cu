@@ -261,9 +261,8 @@ struct Suite {
       return;
     }
     ++ran;
-    const bool is_joined =
-        std::any_of(head.table().phase, head.table().phase + head.table().phases,
-                    [](const Phase& p) { return p.joined != 0; });
+    const bool is_joined = std::any_of(head.table().phase, head.table().phase + head.table().phases,
+                                       [](const Phase& p) { return p.joined != 0; });
     joined += is_joined;
     Copy c(head, s, extras);
     bool good = !first_of_all || mechanisms(c, name);

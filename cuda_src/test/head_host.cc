@@ -56,8 +56,8 @@ int main(int argc, char** argv) {
         const bool ok = error < 2e-3 && joined(t) == (s.d == 64 && settings.joins);
         failures += !ok;
         std::printf("%s %s, %d clusters, units %d%s: error %.2e; x %d KB, %d slots of %d KB\n",
-                    ok ? "ok  " : "FAIL", s.name, clusters, settings.min_units, joined(t) ? ", joined" : "", error,
-                    t.x_bytes / 1024, t.slots, t.stage / 1024);
+                    ok ? "ok  " : "FAIL", s.name, clusters, settings.min_units, joined(t) ? ", joined" : "",
+                    error, t.x_bytes / 1024, t.slots, t.stage / 1024);
       }
     }
   }

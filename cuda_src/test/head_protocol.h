@@ -256,8 +256,8 @@ class Play {
             me.keys[1].expect(copied * a.fresh_rows * kChunkBytes + p.chunks * rows * kChunkBytes);
             spread(a.at + queries_at(p), p.chunks, rows, true);
             for (int c = 0; c < copied && a.fresh_rows; ++c)
-              send(cta, a.at + c * each + a.prefix_rows * kChunkBytes, a.fresh_rows * kChunkBytes, tag(g, 401),
-                   me.keys[1]);
+              send(cta, a.at + c * each + a.prefix_rows * kChunkBytes, a.fresh_rows * kChunkBytes,
+                   tag(g, 401), me.keys[1]);
           }
         } else {
           co_await until([this, g] { return passed(g); });
@@ -306,8 +306,8 @@ class Play {
       for (s += count; s >= t_.slots; s -= t_.slots) its ^= 1;
     };
     if (group == 0) report(cta, 0);
-    // What this group sends to the owners of rows. (Cells are coarser than that: the sources share the `width`
-    // bytes, the tag is the phase's.)
+    // What this group sends to the owners of rows. (Cells are coarser than that: the sources share the
+    // `width` bytes, the tag is the phase's.)
     const auto receive = [&](int g, int at, int rows, int64_t bytes, int which, int width) {
       for (int owner = 0; owner * 8 < rows; ++owner) {
         send(first + owner, at / 1024 * 1024, width, tag(g, 900 + which), ctas_[first + owner].sums[which]);
@@ -415,7 +415,8 @@ class Play {
           co_await until([] { return true; });
           end_read(cta, t_.x_bytes, bytes);
         }
-        if (s.count() > 0 && is_split(p) && group == 0) receive(g, receive_at(t_), R, 8 * p.tile_rows * 4, 2, 1);
+        if (s.count() > 0 && is_split(p) && group == 0)
+          receive(g, receive_at(t_), R, 8 * p.tile_rows * 4, 2, 1);
         if (is_split(p) && owner) {
           co_await wait(me.sums[2], split_parity);
           split_parity ^= 1;

@@ -30,7 +30,8 @@ inline void Head::walk() {
           for (int col = 0; col < p.head_dim; ++col) {
             const int key = rank * a.prefix_rows + row;
             const unsigned to = key_index(head, rank, p.chunks, a.prefix_rows, row, col);
-            a.packed_k[to] = key < a.prefix ? a.k[int64_t(key) * a.ld_k + head * p.head_dim + col] : Bits(0);
+            const int its = p.joined ? joined_column(1, col / 8, col % 8) : col;
+            a.packed_k[to] = key < a.prefix ? a.k[int64_t(key) * a.ld_k + head * p.head_dim + its] : Bits(0);
             a.packed_v[to] = key < a.prefix ? a.v[int64_t(key) * a.ld_v + head * p.head_dim + col] : Bits(0);
           }
   }
@@ -97,10 +98,9 @@ inline void Head::walk() {
             for (int e = 0; e < 2 && row < t.m; ++e) {
               y[e] = acc[row * p.tile_rows + part * kJoinedColumns + pair + e] * rms_of(p, row);
               if (const float* shift = p.shift.at(step))
-                y[e] += shift[shift_row(p, part, source_row(p, cta, part * kJoinedColumns + pair).row +
-                                                     e * (kChunk / 2))];
+                y[e] += shift[shift_row(p, part, source_row(p, cta, part * kJoinedColumns + pair + e).row)];
             }
-            const int column = joined_column(rank, pair);
+            const int place = joined_place(pair), column = joined_column(part, rank, place);
             if (p.qkv.rope && part < 2 && row < t.m) {
               const float* table =
                   p.qkv.rope + int64_t(p.qkv.positions[row * p.qkv.ld_positions]) * p.qkv.ld_rope;
@@ -109,12 +109,13 @@ inline void Head::walk() {
             }
             for (int e = 0; e < 2; ++e) {
               const Bits v = to_bits(float(y[e]));
-              const int c = column + e * (kChunk / 2);
+              const int c = place + 4 * e;  // of octet `rank`
               for (int k = 0; part == 0 && row < R && k < C; ++k)
-                blocks[first + k][queries_at(next) / 2 + act_index(0, row, c)] = v;
+                blocks[first + k][(queries_at(next) + joined_query(R, row, rank)) / 2 + c] = v;
               if (part > 0)
-                blocks[first + row / kFreshRows][(part == 1 ? 0 : values_at(next) / 2) +
-                                                 act_index(0, a.prefix_rows + row % kFreshRows, c)] = v;
+                blocks[first + row / kFreshRows]
+                      [(part == 1 ? 0 : values_at(next) / 2) +
+                       act_index(0, a.prefix_rows + row % kFreshRows, kJoinedColumns * rank + c)] = v;
             }
           }
     }
@@ -239,8 +240,8 @@ inline void Head::walk() {
           };
           for (int rank = 0; rank < C; ++rank) {
             const Bits* block = blocks[cluster * C + rank].data();
-            const Bits* queries =
-                p.joined ? block + queries_at(p) / 2 : p.x + int64_t(task.tile) * p.chunks * p.stack.rows * kChunk;
+            const Bits* queries = p.joined ? block + queries_at(p) / 2
+                                           : p.x + int64_t(task.tile) * p.chunks * p.stack.rows * kChunk;
             const auto row_of = [&](bool key, int c,
                                     int j) {  // (chunk of 64 columns, row) as it lies in shared memory
               if (p.joined) return block + (key ? 0 : values_at(p) / 2) + j * kChunk;
@@ -262,7 +263,8 @@ inline void Head::walk() {
                 for (int c = 0; seen && c < p.chunks; ++c)
                   for (int e = 0; e < kChunk; ++e) {
                     const Bits* k = row_of(true, c, j);
-                    sum += number[at(queries + int64_t(c) * p.stack.rows * kChunk, row, e)] *
+                    sum += number[p.joined ? queries[joined_query(R, row, e / 8) / 2 + e % 8]
+                                           : at(queries + int64_t(c) * p.stack.rows * kChunk, row, e)] *
                            number[k[((e / 8) ^ (j & 7)) * 8 + e % 8]];
                   }
                 score[j] = seen ? sum * p.scale : -INFINITY;

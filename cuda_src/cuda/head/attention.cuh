@@ -56,54 +56,77 @@ __device__ __forceinline__ void arrived(float (&acc)[32]) {
   for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
-// kPair: groups of 64 columns whose products are on their way together.
-template <int NK, int kPair>
-__device__ __forceinline__ void attention_phase(const Table& t, const Block& b, const Phase& p, unsigned g,
-                                                Carried& state, Watch& w) {
+// What a thread knows before queries and keys have come: answers of the table and of memory.
+struct Attending {
+  int rows, columns;
+  int key_block, row_block[2];  // of key `thread`, of the rows of this thread's sums
+  uint32_t keys, values, queries;
+  int its_octet, finished;  // what this thread finishes: 8 columns of a row
+  Bits* out;                // where they go; null for none
+};
+__device__ __forceinline__ Attending attending(const Table& t, const Block& b, const Phase& p) {
   const AttentionPart& a = p.attention;
-  const int thread = threadIdx.x, warp = warp_index(), lane = thread % 32, row = sum_place(thread, 0).row;
+  const int thread = threadIdx.x, row = sum_place(thread, 0).row;
   const HeadTask task = head_task(p, t.m, b.cluster_number);
-  const bool copies = t.parts & 4, owner = owns(task.rows, b.rank) && (t.parts & 8);
-  const int columns = kept(a.columns), octets = 8 * columns, rows = kept(task.rows);
+  Attending my;
+  my.columns = kept(a.columns), my.rows = kept(task.rows);
+  // a key is seen by rows whose block is not before its own; one that is not there by none
+  const int key = key_of(a, b.rank, thread);
+  my.key_block = key < 0                ? INT_MAX
+                 : a.k_block != nullptr ? __ldg(a.k_block + static_cast<int64_t>(key) * a.ld_k_block)
+                                        : INT_MIN + 1;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = row + 8 * h, its_row = head_row(task, t.m, r).row;
+    my.row_block[h] = r >= my.rows           ? INT_MIN
+                      : a.q_block != nullptr ? __ldg(a.q_block + static_cast<int64_t>(its_row) * a.ld_q_block)
+                                             : INT_MAX - 1;
+  }
+  my.keys = b.base + kept(a.at), my.values = my.keys + kept(values_at(p));
+  my.queries = my.keys + kept(queries_at(p));
+  // of 128 columns or 64; the same of the next 128
+  const int shift = my.columns == 1 ? 3 : 4;
+  my.finished = thread >> shift, my.its_octet = thread & ((1 << shift) - 1);
+  my.out = nullptr;
+  if ((t.parts & 8) && my.finished < 8 && b.rank * 8 + my.finished < my.rows) {
+    const HeadRow to = head_row(task, t.m, b.rank * 8 + my.finished);
+    my.out =
+        p.out + act_index(t.rows, to.row, to.head * p.head_dim + task.column * kChunk + my.its_octet * 8);
+  }
+  asm volatile("" : "+r"(my.key_block), "+r"(my.row_block[0]), "+r"(my.row_block[1]), "+l"(my.out));
+  return my;
+}
+
+// kPair: groups of 64 columns whose products are on their way together. kJoined: see joined.cuh.
+template <int NK, int kPair, bool kJoined>
+__device__ __forceinline__ void attention_phase(const Table& t, const Block& b, const Phase& p,
+                                                const Attending& my, unsigned g, Carried& state, Watch& w) {
+  const int thread = threadIdx.x, warp = warp_index(), lane = thread % 32;
+  const bool copies = t.parts & 4, owner = owns(my.rows, b.rank) && (t.parts & 8);
+  const int columns = my.columns, octets = 8 * columns, rows = my.rows;
+  const int row_block[2] = {my.row_block[0], my.row_block[1]};
   int* key_block;
   {
     extern __shared__ __align__(1024) std::byte shared[];
     key_block = reinterpret_cast<int*>(shared + (b.key_blocks() - b.base));
   }
   if (owner && thread == 0) barrier_expect(b.sums(0), kCluster * 8 * (octets * 16 + 8));
-  // a key is seen by rows whose block is not before its own; one that is not there by none
-  if (thread < NK) {
-    const int key = key_of(a, b.rank, thread);
-    key_block[thread] = key < 0                ? INT_MAX
-                        : a.k_block != nullptr ? __ldg(a.k_block + static_cast<int64_t>(key) * a.ld_k_block)
-                                               : INT_MIN + 1;
-  }
-  int row_block[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = row + 8 * h, its_row = head_row(task, t.m, r).row;
-    row_block[h] = r >= rows              ? INT_MIN
-                   : a.q_block != nullptr ? __ldg(a.q_block + static_cast<int64_t>(its_row) * a.ld_q_block)
-                                          : INT_MAX - 1;
-  }
+  if (thread < NK) key_block[thread] = my.key_block;
   const int chunks = kept(p.chunks);
-  const uint32_t keys = b.base + kept(a.at), values = keys + kept(values_at(p));
-  uint32_t q = tile_low(keys + kept(queries_at(p))), k = tile_low(keys);
-  const int q_step = kept(p.stack.rows * kChunkBytes >> 4);
-  // what this thread finishes: 8 columns of a row, of 128 columns or 64; the same of the next 128
+  const uint32_t values = my.values;
+  // joined: queries lie octet by octet without a swizzle (joined_query), `rows_step` from one to the next
+  const int q_step = kept(p.stack.rows * kChunkBytes >> 4), rows_step = q_step / 8;
+  const int q_next = kJoined ? 2 * rows_step : 2;
+  uint32_t q = kJoined ? my.queries >> 4 | rows_step << 16 : tile_low(my.queries), k = tile_low(my.keys);
   constexpr int kOctets = 8 * kPair;
-  const int finished = thread / kOctets, its_octet = thread % kOctets;
-  Bits* out = nullptr;
-  if (owner && finished < 8 && b.rank * 8 + finished < rows) {
-    const HeadRow to = head_row(task, t.m, b.rank * 8 + finished);
-    out = p.out + act_index(t.rows, to.row, to.head * p.head_dim + task.column * kChunk + its_octet * 8);
-  }
+  const int finished = my.finished, its_octet = my.its_octet;
+  Bits* out = my.out;
   const int out_step = t.rows * kPair * kChunk;
   named_barrier(2, kGroup);
   if (copies) wait_on(b.keys(0), state.keys_parity, w, kForKeys, 0);
-  if (t.parts & (p.joined ? 8 : 4)) wait_on(b.keys(1), state.keys_parity, w, kForKeys, 1);
+  if (t.parts & (kJoined ? 8 : 4)) wait_on(b.keys(1), state.keys_parity, w, kForKeys, 1);
   state.keys_parity ^= 1;
-  shared_proxy_fence();  // what siblings have stored, where qkv is joined, is the matrix unit's to read
+  if (kJoined) shared_proxy_fence();  // what siblings have stored is the matrix unit's to read
   stamp(t, g, 1);
 
   float s[NK / 2];
@@ -113,7 +136,9 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
   for (int c = 0; c < chunks; ++c) {
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk) multiply_add<NK>(s, tile_of(q + 2 * kk), tile_of(k + 2 * kk));
+    for (int kk = 0; kk < 4; ++kk)
+      multiply_add<NK>(s, uint64_t{kJoined ? 128 >> 4 : 0x40000040} << 32 | (q + q_next * kk),
+                       tile_of(k + 2 * kk));
     wgmma_commit();
     q += q_step, k += NK * kChunkBytes >> 4;
   }

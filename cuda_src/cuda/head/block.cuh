@@ -158,8 +158,8 @@ __device__ __forceinline__ Copy shared_copy(const Block& b, uint32_t to, const B
 }
 static_assert(2 * kMaxChunks <= 32 * kCluster, "a lane has a piece at most");
 
-// A lane's chunk of a block's keys and values, from row `first` on: all of the keys, the columns of the values
-// that the cluster wants. k, v: of one kind, `rows` a block.
+// A lane's chunk of a block's keys and values, from row `first` on: all of the keys, the columns of the
+// values that the cluster wants. k, v: of one kind, `rows` a block.
 __device__ __forceinline__ Copy key_copy(const Block& b, const Phase& p, const HeadTask& task, const Bits* k,
                                          const Bits* v, int rows, int first) {
   const AttentionPart& a = p.attention;
@@ -174,8 +174,7 @@ __device__ __forceinline__ Copy key_copy(const Block& b, const Phase& p, const H
 // By a whole warp: the prefix's keys and values of a block, of attention p.
 __device__ __forceinline__ void load_prefix(const Block& b, const Phase& p, const HeadTask& task) {
   const AttentionPart& a = p.attention;
-  if (threadIdx.x % 32 == 0)
-    barrier_expect(b.keys(0), (p.chunks + a.columns) * a.prefix_rows * kChunkBytes);
+  if (threadIdx.x % 32 == 0) barrier_expect(b.keys(0), (p.chunks + a.columns) * a.prefix_rows * kChunkBytes);
   __syncwarp();
   const Copy old = key_copy(b, p, task, a.packed_k, a.packed_v, a.prefix_rows, 0);
   if (old.bytes > 0) bulk_load(old.to, old.from, old.bytes, b.keys(0));

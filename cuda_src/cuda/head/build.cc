@@ -291,10 +291,11 @@ class Builder {
       if (key_rows_made(i) >= rows) return key_rows_made(i) - fresh;
     return 0;
   }
-  // Where in the exchange each qkv joined to its attention (layout.h) has its keys, values and queries; 0: they
-  // are phases of their own. What is joined saves a wait between all blocks, some kSaved cycles (docs:
+  // Where in the exchange each qkv joined to its attention (layout.h) has its keys, values and queries; 0:
+  // they are phases of their own. What is joined saves a wait between all blocks, some kSaved cycles (docs:
   // performance.md). It costs the columns of k and v that are computed by more than one cluster: a product of
-  // 16 of k takes as long for 8 columns as for 64, so what counts are their weights, kBytesPerCycle of a block.
+  // 16 of k takes as long for 8 columns as for 64, so what counts are their weights, kBytesPerCycle of a
+  // block.
   static constexpr int kSaved = 2000, kBytesPerCycle = 16;
   int find_joined() const {
     if (!s_.joins) return 0;
@@ -312,7 +313,7 @@ class Builder {
       if (!q || a->head_dim != kChunk || heads > s_.clusters || arrange(*a).stack.heads != 1) return 0;
       if (a->k.cols % kChunk != 0 || heads % (a->k.cols / kChunk) != 0) return 0;
       const int keys = prefix_rows(a->k.rows - (fresh ? t_.m : 0), fresh) + fresh;
-      if (keys == fresh) return 0;
+      if (keys == fresh || keys > kJoinedKeys) return 0;
       bytes = std::max(bytes, (2 * keys + t_.rows) * kChunkBytes);
       const int columns = q->q.cols + (q->k ? 2 * q->k.cols : 0),
                 apart = 16 * std::max(divide_up(columns / 16, t_.ctas), s_.min_units),
@@ -427,7 +428,7 @@ class Builder {
   std::map<std::pair<size_t, bool>, Bits*> fresh_;
   int x_chunks_ = 0, split_chunks_ = 0, keys_bytes_ = 0;
   int joined_at_ = 0;  // see find_joined()
-  int widest_ = 0;  // bytes of the widest chunk of weights
+  int widest_ = 0;     // bytes of the widest chunk of weights
 };
 
 }  // namespace

@@ -31,7 +31,14 @@ __device__ __forceinline__ void prepare(const Table& t) {
       const int head = block / kCluster, rank = block % kCluster, key = rank * a.prefix_rows + row;
       uint4 k = make_uint4(0, 0, 0, 0), v = k;
       if (key < a.prefix) {
-        k = __ldg(reinterpret_cast<const uint4*>(a.k + static_cast<int64_t>(key) * a.ld_k + head * d) + unit);
+        const Bits* from = a.k + static_cast<int64_t>(key) * a.ld_k + head * d;
+        if (p.joined) {
+          const uint2 low = __ldg(reinterpret_cast<const uint2*>(from + joined_column(1, unit, 0))),
+                      high = __ldg(reinterpret_cast<const uint2*>(from + joined_column(1, unit, 4)));
+          k = make_uint4(low.x, low.y, high.x, high.y);
+        } else {
+          k = __ldg(reinterpret_cast<const uint4*>(from) + unit);
+        }
         v = __ldg(reinterpret_cast<const uint4*>(a.v + static_cast<int64_t>(key) * a.ld_v + head * d) + unit);
       }
       const unsigned to = key_index(head, rank, p.chunks, a.prefix_rows, row, unit * 8);
@@ -55,9 +62,9 @@ __device__ __forceinline__ void attention(int keys, const Table& t, const Block&
   if (NK < kMaxKeys && keys != NK) {
     if constexpr (NK < kMaxKeys) attention<I + 1>(keys, t, b, p, g, state, w);
   } else if (p.attention.columns == 1) {
-    attention_phase<NK, 1>(t, b, p, g, state, w);
+    attention_phase<NK, 1, false>(t, b, p, attending(t, b, p), g, state, w);
   } else {
-    attention_phase<NK, 2>(t, b, p, g, state, w);
+    attention_phase<NK, 2, false>(t, b, p, attending(t, b, p), g, state, w);
   }
 }
 // The product made for tiles of so many rows of W, from N on.
@@ -88,14 +95,10 @@ __device__ __forceinline__ void consume(const Table& t, const Block& b, Watch& w
       const unsigned g = 1 + step * t.phases + i;
       if (!takes_part(t, p, b.cta)) continue;
       w.phase = g;
-      if (p.kind == Kind::kAttention) {
+      if (p.joined) {
+        if (p.kind == Kind::kQkv) joined_phase(t, b, p, t.phase[i + 1], step, g, state, w);
+      } else if (p.kind == Kind::kAttention) {
         if (group == 0) attention<0>(key_rows(p.attention), t, b, p, g, state, w);
-      } else if (p.joined) {  // and then its attention
-        if (p.tile_rows == kJoinedColumns) {
-          joined_products<1>(t, b, p, t.phase[i + 1], step, g, state, w);
-        } else {
-          joined_products<3>(t, b, p, t.phase[i + 1], step, g, state, w);
-        }
       } else if (is_split(p)) {
         if (p.tile_rows == 64) {
           split_phase<64>(t, b, p, step, g, state, w);

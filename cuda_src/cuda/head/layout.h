@@ -241,14 +241,22 @@ VLA_HD int units_of(const Phase& p) {
 struct SourceRow {
   int part, row;  // -1: none, zeros
 };
-// Where qkv is joined to its attention a cluster has a head (of kChunk columns): block `rank` has four columns
-// of each half of q, where it is self-attention of k and v, too, and sends them where they belong in its
-// siblings' shared memory. Columns that rotation turns into each other are side by side, in a thread's
-// registers. Key heads are computed by each cluster that has one of their query heads.
+// Where qkv is joined to its attention a cluster has a head (of kChunk columns): block `rank` has eight
+// columns of q, where it is self-attention of k and v, too, and sends them where they belong in its siblings'
+// shared memory: as octet `rank` of a row. Those of q and k are four of each half of the head, so that what
+// rotation turns into each other is one thread's; so all rows of q and k have their columns in this order,
+// which a product of them does not see. Key heads are computed by each cluster that has one of their query
+// heads.
 constexpr int kJoinedColumns = kChunk / kCluster;
-VLA_HD int joined_column(int rank, int i) {  // of a part's kJoinedColumns
-  return kJoinedColumns / 2 * rank + i / 2 + i % 2 * (kChunk / 2);
+// Column of a head that has place e of octet `octet`; part: 0 q, 1 k, 2 v.
+VLA_HD int joined_column(int part, int octet, int e) {
+  return part == 2 ? kJoinedColumns * octet + e : kJoinedColumns / 2 * octet + e % 4 + e / 4 * (kChunk / 2);
 }
+// Which place row r of a block's rows of W (of a part) is: pairs of a place and the fourth after it.
+VLA_HD int joined_place(int r) { return r / 2 + r % 2 * 4; }
+// Bytes before octet `octet` of row `row` of q, of `rows` rows: octet by octet, as the matrix unit reads it
+// without a swizzle, so that what a block sends is contiguous.
+VLA_HD int joined_query(int rows, int row, int octet) { return (octet * rows + row) * 16; }
 VLA_HD SourceRow source_row(const Phase& p, int tile, int r) {
   if (is_split(p)) {
     const int row = tile * p.tile_rows + r;
@@ -257,7 +265,8 @@ VLA_HD SourceRow source_row(const Phase& p, int tile, int r) {
   if (p.joined) {
     const unsigned part = r / kJoinedColumns, head = tile / kCluster;
     const int its = part == 0 ? head : head / (static_cast<unsigned>(p.qkv.units[0]) / p.qkv.units[1]);
-    return {static_cast<int>(part), its * kChunk + joined_column(tile % kCluster, r % kJoinedColumns)};
+    const int place = joined_place(r % kJoinedColumns);
+    return {static_cast<int>(part), its * kChunk + joined_column(part, tile % kCluster, place)};
   }
   const int unit = tile * (p.tile_rows / 16) + r / 16, second = r % 16 / 8;
   if (unit >= p.units) return {0, -1};
@@ -350,13 +359,14 @@ VLA_HD HeadRow head_row(const HeadTask& task, int m, int row) {
 VLA_HD int key_rows(const AttentionPart& a) { return a.prefix_rows + a.fresh_rows; }
 // What the kernel is made for.
 VLA_HD constexpr int key_rows_made(int i) { return i == 0 ? 32 : i == 1 ? 48 : i == 2 ? 80 : kMaxKeys; }
+constexpr int kJoinedKeys = key_rows_made(1);  // at most, where qkv is joined
 VLA_HD int values_at(const Phase& p) { return p.chunks * key_rows(p.attention) * kChunkBytes; }
 VLA_HD int queries_at(const Phase& p) {
   return (p.chunks + p.attention.columns) * key_rows(p.attention) * kChunkBytes;
 }
 
-// What siblings send there where qkv is joined: all rows of queries, and those of the loop's keys and values that are its own,
-// behind the prefix's. Bytes.
+// What siblings send there where qkv is joined: all rows of queries, and those of the loop's keys and values
+// that are its own, behind the prefix's. Bytes.
 VLA_HD int joined_received(const AttentionPart& a, int rows) {
   return (rows + 2 * a.fresh_rows) * kChunkBytes;
 }
