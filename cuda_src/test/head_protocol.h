@@ -191,7 +191,7 @@ class Play {
       for (int i = 0; i < t_.phases; ++i) {
         const Phase& p = t_.phase[i];
         const Share s = share_of(p, cta);
-        if (p.kind == Kind::kAttention && is_busy(p, cta, t_.rows)) {
+        if (p.kind == Kind::kAttention && !p.joined && is_busy(p, cta, t_.rows)) {
           co_await wait(me.keys[0], keys_parity);
           keys_parity ^= 1;
         }

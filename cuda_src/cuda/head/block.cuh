@@ -96,7 +96,7 @@ __device__ __forceinline__ void wait_here(uint32_t barrier, int parity, Watch& w
 // A warp: this block's weights into the ring in the order of the table, as far ahead as it has room, a lane a
 // stage. What comes after attention waits for attention's keys: all of the ring is free then, and what is
 // asked for while other warps say that q, k and v are done makes their fence wait (by 0.8 us in pi0.5, for
-// weights that are needed 5 us later).
+// weights that are needed 5 us later). Where qkv is joined keys come before it, and tell nothing.
 __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
   const int lane = threadIdx.x % 32;
   Slot begin;  // the phase's first stage
@@ -107,7 +107,7 @@ __device__ __forceinline__ void feed(const Table& t, const Block& b, Watch& w) {
     for (int i = 0; i < t.phases; ++i) {
       const Phase& p = t.phase[i];
       const Share s = share_of(p, b.cta);
-      if (p.kind == Kind::kAttention && (t.parts & 4) && is_busy(p, b.cta, t.rows)) {
+      if (p.kind == Kind::kAttention && !p.joined && (t.parts & 4) && is_busy(p, b.cta, t.rows)) {
         w.phase = 1 + step * t.phases + i;
         wait_here(b.keys(0), keys_parity, w, kForKeys, 0);
         keys_parity ^= 1;
