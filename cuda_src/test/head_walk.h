@@ -111,7 +111,7 @@ inline void Head::walk() {
               const Bits v = to_bits(float(y[e]));
               const int c = place + 4 * e;  // of octet `rank`
               for (int k = 0; part == 0 && row < R && k < C; ++k)
-                blocks[first + k][(queries_at(next) + joined_query(R, row, rank)) / 2 + c] = v;
+                blocks[first + k][queries_at(next) / 2 + act_index(0, row, kJoinedColumns * rank + c)] = v;
               if (part > 0)
                 blocks[first + row / kFreshRows]
                       [(part == 1 ? 0 : values_at(next) / 2) +
@@ -263,8 +263,7 @@ inline void Head::walk() {
                 for (int c = 0; seen && c < p.chunks; ++c)
                   for (int e = 0; e < kChunk; ++e) {
                     const Bits* k = row_of(true, c, j);
-                    sum += number[p.joined ? queries[joined_query(R, row, e / 8) / 2 + e % 8]
-                                           : at(queries + int64_t(c) * p.stack.rows * kChunk, row, e)] *
+                    sum += number[at(queries + int64_t(c) * p.stack.rows * kChunk, row, e)] *
                            number[k[((e / 8) ^ (j & 7)) * 8 + e % 8]];
                   }
                 score[j] = seen ? sum * p.scale : -INFINITY;

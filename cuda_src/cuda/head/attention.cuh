@@ -114,10 +114,8 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
   if (thread < NK) key_block[thread] = my.key_block;
   const int chunks = kept(p.chunks);
   const uint32_t values = my.values;
-  // joined: queries lie octet by octet without a swizzle (joined_query), `rows_step` from one to the next
-  const int q_step = kept(p.stack.rows * kChunkBytes >> 4), rows_step = q_step / 8;
-  const int q_next = kJoined ? 2 * rows_step : 2;
-  uint32_t q = kJoined ? my.queries >> 4 | rows_step << 16 : tile_low(my.queries), k = tile_low(my.keys);
+  const int q_step = kept(p.stack.rows * kChunkBytes >> 4);
+  uint32_t q = tile_low(my.queries), k = tile_low(my.keys);
   constexpr int kOctets = 8 * kPair;
   const int finished = my.finished, its_octet = my.its_octet;
   Bits* out = my.out;
@@ -136,9 +134,7 @@ __device__ __forceinline__ void attention_phase(const Table& t, const Block& b, 
   for (int c = 0; c < chunks; ++c) {
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk)
-      multiply_add<NK>(s, uint64_t{kJoined ? 128 >> 4 : 0x40000040} << 32 | (q + q_next * kk),
-                       tile_of(k + 2 * kk));
+    for (int kk = 0; kk < 4; ++kk) multiply_add<NK>(s, tile_of(q + 2 * kk), tile_of(k + 2 * kk));
     wgmma_commit();
     q += q_step, k += NK * kChunkBytes >> 4;
   }

@@ -75,7 +75,7 @@ __device__ __forceinline__ void joined_products(const Table& t, const Block& b, 
   const float* squares_in = p.squares_in;
   // what this lane sends, see half_octet(): an octet of a row of q to every second block; of k or of v
   const int its_row = row + lane % 2 * 8, second = lane / 2 % 2;
-  const uint32_t query_to = my.queries + joined_query(rows, its_row, b.rank);
+  const uint32_t query_to = my.queries + 2 * act_index(0, its_row, kJoinedColumns * b.rank);
   const uint32_t key_to =
       (second ? my.values : my.keys) +
       2 * act_index(0, kept(next.attention.prefix_rows) + its_row % kFreshRows, kJoinedColumns * b.rank);

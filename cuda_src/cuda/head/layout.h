@@ -254,9 +254,6 @@ VLA_HD int joined_column(int part, int octet, int e) {
 }
 // Which place row r of a block's rows of W (of a part) is: pairs of a place and the fourth after it.
 VLA_HD int joined_place(int r) { return r / 2 + r % 2 * 4; }
-// Bytes before octet `octet` of row `row` of q, of `rows` rows: octet by octet, as the matrix unit reads it
-// without a swizzle, so that what a block sends is contiguous.
-VLA_HD int joined_query(int rows, int row, int octet) { return (octet * rows + row) * 16; }
 VLA_HD SourceRow source_row(const Phase& p, int tile, int r) {
   if (is_split(p)) {
     const int row = tile * p.tile_rows + r;
