@@ -55,22 +55,12 @@ struct Maps {
 // c (64, 72) (+)= a (64, 16) b (72, 16)^T, both in shared memory; TURNED: a is stored (16, 64).
 template <int TURNED>
 __device__ __forceinline__ void wgmma_72(float (&c)[kValues], uint64_t a, uint64_t b, bool add) {
-#if VLA_SM90A
-  asm volatile(
+  VLA_MATRIX_UNIT(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %38, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}, "
-      "%36, %37, p, 1, 1, %39, 0;\n}\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
-        "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
-        "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35])
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(TURNED));
-#else
+      "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {" VLA_NAMES_36
+      "}, %36, %37, p, 1, 1, %39, 0;\n}\n" : VLA_SUMS_36 : "l"(a),
+      "l"(b), "r"(static_cast<int>(add)), "n"(TURNED));
   (void)c, (void)a, (void)b, (void)add;
-#endif
 }
 // Stores matrices of 8 x 8 turned round; lane l names the row (l mod 8) of matrix l / 8.
 __device__ __forceinline__ void store_turned_x4(uint32_t address, const uint32_t (&r)[4]) {

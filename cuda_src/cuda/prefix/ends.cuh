@@ -2,9 +2,9 @@
 // rotation, and the stores.
 #pragma once
 
+#include "../head/multiply.cuh"
 #include "../large/product.cuh"
 #include "block.cuh"
-#include "multiply.cuh"
 
 namespace vla::cuda::prefix {
 

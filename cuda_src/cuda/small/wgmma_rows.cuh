@@ -9,56 +9,20 @@ namespace vla::cuda {
 template <int N>
 __device__ __forceinline__ void wgmma_rows(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b);
 
-template <>
-__device__ __forceinline__ void wgmma_rows<16>(float (&c)[8], const uint32_t (&a)[4], uint64_t b) {
-#if VLA_SM90A
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-  (void)c, (void)a, (void)b;
-#endif
-}
-
-template <>
-__device__ __forceinline__ void wgmma_rows<56>(float (&c)[28], const uint32_t (&a)[4], uint64_t b) {
-#if VLA_SM90A
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27}, "
-      "{%28, %29, %30, %31}, %32, 1, 1, 1, 0;"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
-        "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-  (void)c, (void)a, (void)b;
-#endif
-}
-
-template <>
-__device__ __forceinline__ void wgmma_rows<64>(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
-#if VLA_SM90A
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
-        "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
-        "+f"(c[30]), "+f"(c[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-  (void)c, (void)a, (void)b;
-#endif
-}
+// Of N columns with R sums a thread; A0 to A3, B: the numbers of the operands after the sums.
+#define VLA_WGMMA_ROWS(N, R, A0, A1, A2, A3, B)                                                      \
+  template <>                                                                                        \
+  __device__ __forceinline__ void wgmma_rows<N>(float (&c)[R], const uint32_t (&a)[4], uint64_t b) { \
+    VLA_MATRIX_UNIT("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" VLA_NAMES_##R       \
+                    "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B                              \
+                    ", 1, 1, 1, 0;" : VLA_SUMS_##R : "r"(a[0]),                                      \
+                    "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
+    (void)c, (void)a, (void)b;                                                                       \
+  }
+VLA_WGMMA_ROWS(16, 8, 8, 9, 10, 11, 12)
+VLA_WGMMA_ROWS(56, 28, 28, 29, 30, 31, 32)
+VLA_WGMMA_ROWS(64, 32, 32, 33, 34, 35, 36)
+#undef VLA_WGMMA_ROWS
 
 // ---- sums to another block of the cluster, counted in bytes by the barrier that waits for them
 __device__ __forceinline__ void send4(uint32_t to, uint32_t barrier, float4 v) {

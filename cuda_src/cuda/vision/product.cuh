@@ -8,8 +8,8 @@
 // their sums; the hidden state itself is float32, in memory that only the block that finishes it reads again.
 #pragma once
 
+#include "../head/multiply.cuh"
 #include "ends.cuh"
-#include "multiply.cuh"
 
 namespace vla::cuda::vision {
 
