@@ -1,8 +1,11 @@
 // The persistent action head: launch, packing.
+#include <algorithm>
+
 #include "../common.cuh"
 #include "build.h"
 #include "head.h"
 #include "kernel.cuh"
+#include "together.h"
 
 namespace vla::cuda::head {
 
@@ -30,48 +33,15 @@ __global__ void pack_head(Bits* to, const __grid_constant__ Phase p, const Bits*
   }
 }
 
-// All that there is: another plan's table may need more than this one, and its graph is launched later.
-cudaError_t allow_shared() {
-  return cudaFuncSetAttribute(persistent_head, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedOfBlock);
-}
-cudaLaunchAttribute of_clusters() {
-  cudaLaunchAttribute a;
-  a.id = cudaLaunchAttributeClusterDimension;
-  a.val.clusterDim.x = kCluster, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
-  return a;
-}
-
 }  // namespace
 
 int resident_clusters() {
-  int clusters = 0;
-  cudaLaunchAttribute cluster = of_clusters();
-  cudaLaunchConfig_t config = {};
-  config.gridDim = kCluster, config.blockDim = kThreads, config.dynamicSmemBytes = kSharedOfBlock;
-  config.attrs = &cluster, config.numAttrs = 1;
-  if (allow_shared() != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&clusters, persistent_head, &config) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return clusters < kMaxTiles ? clusters : kMaxTiles;
+  return std::min(resident_together(persistent_head, kCluster, kThreads), kMaxTiles);
 }
 
 cudaError_t launch(const Table& t, cudaStream_t stream) {
-  if (const cudaError_t error = allow_shared(); error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  attributes[0] = of_clusters();
-  // All blocks start together or none does: they wait for each other, and beside another such kernel (a
-  // second policy in this process) each might hold half of the multiprocessors for ever.
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = t.ctas, config.blockDim = kThreads, config.dynamicSmemBytes = shared_bytes(t);
-  config.stream = stream, config.attrs = attributes, config.numAttrs = 2;
-  if (const cudaError_t error = cudaMemsetAsync(t.counter, 0, kCounterWords * sizeof *t.counter, stream);
-      error != cudaSuccess)
-    return error;
-  return cudaLaunchKernelEx(&config, persistent_head, t);
+  return launch_together(persistent_head, {t.ctas, kCluster, kThreads, shared_bytes(t)}, t.counter, stream,
+                         t);
 }
 
 cudaError_t pack(Bits* to, const Phase& p, const Bits* fragments, const int* n, int parts, bool interleaved,

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "../common.cuh"
+#include "../head/together.h"
 #include "build.h"
 #include "kernel.cuh"
 
@@ -26,47 +27,13 @@ __global__ void pack_prefix(Bits* to, const __grid_constant__ Phase p, const Bit
       *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(at) * ld + chunk * kChunk + unit * 8);
 }
 
-// All that there is: another plan's table may need more than this one, and its graph is launched later.
-cudaError_t allow_shared() {
-  return cudaFuncSetAttribute(persistent_prefix, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedOfBlock);
-}
-cudaLaunchAttribute of_pairs() {
-  cudaLaunchAttribute a;
-  a.id = cudaLaunchAttributeClusterDimension;
-  a.val.clusterDim.x = kPair, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
-  return a;
-}
-
 }  // namespace
 
-int resident_blocks() {
-  int pairs = 0;
-  cudaLaunchAttribute pair = of_pairs();
-  cudaLaunchConfig_t config = {};
-  config.gridDim = kPair, config.blockDim = kThreads, config.dynamicSmemBytes = kSharedOfBlock;
-  config.attrs = &pair, config.numAttrs = 1;
-  if (allow_shared() != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&pairs, persistent_prefix, &config) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return pairs * kPair;
-}
+int resident_blocks() { return head::resident_together(persistent_prefix, kPair, kThreads) * kPair; }
 
 cudaError_t launch(const Table& t, cudaStream_t stream) {
-  if (const cudaError_t error = allow_shared(); error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  attributes[0] = of_pairs();
-  attributes[1].id = cudaLaunchAttributeCooperative;  // all blocks start together or none does
-  attributes[1].val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = t.ctas, config.blockDim = kThreads, config.dynamicSmemBytes = shared_bytes(t);
-  config.stream = stream, config.attrs = attributes, config.numAttrs = 2;
-  if (const cudaError_t error =
-          cudaMemsetAsync(t.counter, 0, head::kCounterWords * sizeof *t.counter, stream);
-      error != cudaSuccess)
-    return error;
-  return cudaLaunchKernelEx(&config, persistent_prefix, t);
+  return head::launch_together(persistent_prefix, {t.ctas, kPair, kThreads, shared_bytes(t)}, t.counter,
+                               stream, t);
 }
 
 cudaError_t pack(Bits* to, const Phase& p, const Bits* from, const int* n, int parts, int k,

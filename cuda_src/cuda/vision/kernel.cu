@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../head/together.h"
 #include "../large/tensor_map.h"
 #include "vision.h"
 
@@ -32,18 +33,6 @@ __global__ void __launch_bounds__(128) pair_up_kernel(Term* to, int n, const Fol
   if (i < n) to[i] = {f.bias[0] ? f.bias[0][i] : 0.0f, f.gamma ? f.gamma[i] + f.plus : 1.0f};
 }
 
-// All that there is: another plan's table may need more than this one, and its graph is launched later.
-template <typename S>
-cudaError_t allow_shared() {
-  return cudaFuncSetAttribute(persistent_vision<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kSharedOfBlock);
-}
-cudaLaunchAttribute of_pairs() {
-  cudaLaunchAttribute a;
-  a.id = cudaLaunchAttributeClusterDimension;
-  a.val.clusterDim.x = kPair, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
-  return a;
-}
 const bf16* values(const Bits* p) { return reinterpret_cast<const bf16*>(p); }
 
 // What a warp stores at once: see staged_at().
@@ -85,35 +74,13 @@ cudaError_t make_maps(Params& p, const std::vector<Matrix>& weights) {
 
 template <typename S>
 int resident_blocks_of() {
-  int pairs = 0;
-  cudaLaunchAttribute pair = of_pairs();
-  cudaLaunchConfig_t config = {};
-  config.gridDim = kPair, config.blockDim = Of<S>::kThreads, config.dynamicSmemBytes = kSharedOfBlock;
-  config.attrs = &pair, config.numAttrs = 1;
-  if (allow_shared<S>() != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&pairs, persistent_vision<S>, &config) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return pairs * kPair;
+  return head::resident_together(persistent_vision<S>, kPair, Of<S>::kThreads) * kPair;
 }
 
 template <typename S>
 cudaError_t launch_of(const Params& p, cudaStream_t stream) {
-  if (const cudaError_t error = allow_shared<S>(); error != cudaSuccess) return error;
-  const Table& t = p.t;
-  cudaLaunchAttribute attributes[2];
-  attributes[0] = of_pairs();
-  attributes[1].id = cudaLaunchAttributeCooperative;  // all blocks start together or none does
-  attributes[1].val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = t.ctas, config.blockDim = Of<S>::kThreads, config.dynamicSmemBytes = Of<S>::kShared;
-  config.stream = stream, config.attrs = attributes, config.numAttrs = 2;
-  if (const cudaError_t error =
-          cudaMemsetAsync(t.counter, 0, head::kCounterWords * sizeof *t.counter, stream);
-      error != cudaSuccess)
-    return error;
-  return cudaLaunchKernelEx(&config, persistent_vision<S>, p);
+  return head::launch_together(persistent_vision<S>, {p.t.ctas, kPair, Of<S>::kThreads, Of<S>::kShared},
+                               p.t.counter, stream, p);
 }
 
 }  // namespace
