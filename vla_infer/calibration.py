@@ -241,7 +241,9 @@ class Runner(Calibration):
         indices = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
         names = products(self.tape)
         found = {}
-        for name in (name for name in names if name not in self._bf16):
+        for name in names:
+            if name in self._bf16:
+                continue
             others = tuple(other for other in names if other != name)
             found[name] = self.errors(indices, replace(scales, bf16=others))
         return dict(sorted(found.items(), key=lambda item: -item[1].relative_l2))

@@ -209,6 +209,21 @@ __device__ __forceinline__ void cluster_store4(uint32_t address, float4 v) {
 #endif
 }
 
+// ---- shared memory, 16 bytes
+// ----------------------------------------------------------------------------------------------
+__device__ __forceinline__ void store4(uint32_t to, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+__device__ __forceinline__ float4 load4(uint32_t from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
 // ---- launching
 // ------------------------------------------------------------------------------------------------------
 // Launches `kernel` in clusters of `cluster` blocks along x (1: none) with `smem` bytes of dynamic shared

@@ -181,4 +181,28 @@ inline std::vector<float> replay_times(cudaGraphExec_t graph, cudaStream_t strea
   return times;
 }
 
+// What `enqueue` does on the stream as a graph; the caller's to destroy.
+inline cudaGraphExec_t capture(cudaStream_t stream, const std::function<void()>& enqueue) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  TEST_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  enqueue();
+  TEST_CUDA(cudaStreamEndCapture(stream, &graph));
+  TEST_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  TEST_CUDA(cudaGraphDestroy(graph));
+  return exec;
+}
+
+struct Times {
+  float median, p99;  // microseconds
+};
+// Of `count` replays of what `enqueue` does, after ten that do not count.
+inline Times times(cudaStream_t stream, const std::function<void()>& enqueue, int count) {
+  cudaGraphExec_t exec = capture(stream, enqueue);
+  const std::vector<float> sorted = replay_times(exec, stream, 10, count);
+  TEST_CUDA(cudaGraphExecDestroy(exec));
+  const auto at = [&](double part) { return sorted[size_t(double(sorted.size() - 1) * part)]; };
+  return {at(0.5), at(0.99)};
+}
+
 }  // namespace vla::test

@@ -12,30 +12,6 @@ namespace {
 
 constexpr double kApart = 2e-2;  // two bf16 pipelines of 16 layers
 
-cudaGraphExec_t capture(cudaStream_t stream, const std::function<void()>& enqueue) {
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  TEST_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  enqueue();
-  TEST_CUDA(cudaStreamEndCapture(stream, &graph));
-  TEST_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  TEST_CUDA(cudaGraphDestroy(graph));
-  return exec;
-}
-float at_part(const std::vector<float>& sorted, double part) {
-  return sorted[size_t(double(sorted.size() - 1) * part)];
-}
-
-struct Times {
-  float median, p99;
-};
-Times times(cudaStream_t stream, const std::function<void()>& enqueue, int count) {
-  cudaGraphExec_t exec = capture(stream, enqueue);
-  const std::vector<float> t = replay_times(exec, stream, 10, count);
-  TEST_CUDA(cudaGraphExecDestroy(exec));
-  return {at_part(t, 0.5), at_part(t, 0.99)};
-}
-
 void today(const std::vector<Op>& ops, cuda::Launch at) {
   at.pdl = false;
   for (const Op& op : ops) {

@@ -31,7 +31,7 @@ struct Suite {
   bool graph(Case& c, const std::vector<vis::Bits>& want, const std::string& name) {
     cudaStream_t stream;
     TEST_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    cudaGraphExec_t exec = vision::capture(stream, [&] { TEST_CUDA(c.encoder.launch(stream)); });
+    cudaGraphExec_t exec = capture(stream, [&] { TEST_CUDA(c.encoder.launch(stream)); });
     bool same = true;
     for (int i = 0; i < 10 && same; ++i) {
       c.poison();

@@ -280,15 +280,4 @@ class Case {
   uint32_t seed_ = 20261123;
 };
 
-inline cudaGraphExec_t capture(cudaStream_t stream, const std::function<void()>& enqueue) {
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  TEST_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  enqueue();
-  TEST_CUDA(cudaStreamEndCapture(stream, &graph));
-  TEST_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  TEST_CUDA(cudaGraphDestroy(graph));
-  return exec;
-}
-
 }  // namespace vla::test::vision

@@ -12,16 +12,6 @@ namespace vis = vision::vis;
 
 constexpr double kApart = 3e-2;  // two bf16 pipelines of 27 layers
 
-struct Times {
-  float median, p99;
-};
-Times times(cudaStream_t stream, const std::function<void()>& enqueue, int count) {
-  cudaGraphExec_t exec = vision::capture(stream, enqueue);
-  const std::vector<float> t = replay_times(exec, stream, 10, count);
-  TEST_CUDA(cudaGraphExecDestroy(exec));
-  return {t[t.size() / 2], t[size_t(double(t.size() - 1) * 0.99)]};
-}
-
 // Block 0's microseconds by kind of phase, mean over the layers but the first.
 void phases(Case& c, cudaStream_t stream) {
   static const char* const names[] = {"q, k and v", "attention", "out", "fc1", "fc2"};

@@ -346,19 +346,13 @@ __device__ __forceinline__ void swap_rows(float (&mine)[N / 4], const float (&ac
     const float* a = acc + 8 * u;
     const float4 other =
         group == 0 ? make_float4(a[2], a[3], a[6], a[7]) : make_float4(a[0], a[1], a[4], a[5]);
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + u * kConsumers * 16), "f"(other.x),
-                 "f"(other.y), "f"(other.z), "f"(other.w)
-                 : "memory");
+    store4(to + u * kConsumers * 16, other.x, other.y, other.z, other.w);
   }
   named_barrier(4, kConsumers);
 #pragma unroll
   for (int u = 0; u < N / 16; ++u) {
     const float* a = acc + 8 * u;
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(from + u * kConsumers * 16)
-                 : "memory");
+    const float4 v = load4(from + u * kConsumers * 16);
     // the first warpgroup's sums first: the same bits whichever group adds
     mine[4 * u] = group == 0 ? a[0] + v.x : v.x + a[2];
     mine[4 * u + 1] = group == 0 ? a[1] + v.y : v.y + a[3];

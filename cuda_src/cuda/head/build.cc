@@ -4,16 +4,11 @@
 #include <cstring>
 #include <map>
 
+#include "refused.h"
+
 namespace vla::cuda::head {
 
 namespace {
-
-struct Refused {
-  std::string why;
-};
-void require(bool holds, const std::string& why) {
-  if (!holds) throw Refused{why};
-}
 
 class Builder {
  public:

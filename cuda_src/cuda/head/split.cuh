@@ -39,14 +39,7 @@ __device__ __forceinline__ void send_sums(const float (&acc)[N / 2], const Table
 template <int N>
 __device__ __forceinline__ float4 received_sum(uint32_t from, const Piece& piece, int sources) {
   from += receive_unit(0, piece.row, piece.octet, piece.half, N / 8) * 16;
-  const auto read = [from](int r) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(from + r * receive_unit(1, 0, 0, 0, N / 8) * 16)
-                 : "memory");
-    return v;
-  };
+  const auto read = [from](int r) { return load4(from + r * receive_unit(1, 0, 0, 0, N / 8) * 16); };
   float4 v[kCluster], sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (sources == kCluster) {
 #pragma unroll

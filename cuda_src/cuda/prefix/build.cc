@@ -5,19 +5,15 @@
 #include <cstring>
 #include <map>
 
+#include "../head/refused.h"
+
 namespace vla::cuda::prefix {
 
 namespace {
 
-struct Refused {
-  std::string why;
-};
-void require(bool holds, const std::string& why) {
-  if (!holds) throw Refused{why};
-}
-bool same(const View& a, const View& b) {
-  return a.base == b.base && a.rows == b.rows && a.cols == b.cols && a.ld == b.ld && a.dtype == b.dtype;
-}
+using head::Refused;
+using head::require;
+using head::same;
 
 class Builder {
  public:

@@ -8,19 +8,6 @@
 
 namespace vla::cuda::prefix {
 
-__device__ __forceinline__ void store4(uint32_t to, float x, float y, float z, float w) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w)
-               : "memory");
-}
-__device__ __forceinline__ float4 load4(uint32_t from) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-
 // The tile's rows' 1 / rms, four threads a row, from the parts of its sum of squares: asked for before the
 // products, left in shared memory after them.
 template <int N>

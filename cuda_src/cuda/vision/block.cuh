@@ -193,17 +193,4 @@ __device__ __forceinline__ void stamp(const Table& t, unsigned phase, int what) 
   if (t.stamps && blockIdx.x == 0 && threadIdx.x == 0) t.stamps[phase * kStamps + what] = clock64();
 }
 
-__device__ __forceinline__ void store4(uint32_t to, float x, float y, float z, float w) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w)
-               : "memory");
-}
-__device__ __forceinline__ float4 load4(uint32_t from) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-
 }  // namespace vla::cuda::vision

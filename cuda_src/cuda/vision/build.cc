@@ -3,19 +3,15 @@
 #include <cmath>
 #include <cstring>
 
+#include "../head/refused.h"
+
 namespace vla::cuda::vision {
 
 namespace {
 
-struct Refused {
-  std::string why;
-};
-void require(bool holds, const std::string& why) {
-  if (!holds) throw Refused{why};
-}
-bool same(const View& a, const View& b) {
-  return a.base == b.base && a.rows == b.rows && a.cols == b.cols && a.ld == b.ld && a.dtype == b.dtype;
-}
+using head::Refused;
+using head::require;
+using head::same;
 // bf16 in rows that begin on multiples of four bytes, the same in each iteration.
 bool plain(const View& v) {
   return v && v.dtype == DType::kBF16 && v.ld % 2 == 0 && reinterpret_cast<uintptr_t>(v.base) % 4 == 0 &&
