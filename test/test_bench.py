@@ -313,7 +313,7 @@ def test_what_is_kept_out_of_fp8_is_as_in_bfloat16(tmp_path: Path) -> None:
     assert kept[0] < kept[1] < kept[2]
     assert all("text_model" in name for name in kept[0]), "SmolVLA's language model is quicker in bfloat16"
     assert all("vision_model" in name for name in kept[1] - kept[0])
-    with pytest.raises(VlaInferError, match="fp8: no product has 'nothing' in its name"):
+    with pytest.raises(VlaInferError, match="--keep: no product has 'nothing' in its name"):
         command.bench(
             weight_reader(ckpt), ckpt, setup, dataclasses.replace(plan, keep=("nothing",)), tmp_path
         )

@@ -158,8 +158,8 @@ def test_prefix_layers(rows: int) -> None:
     ],
 )
 def test_vision_layers(heads: int, head_dim: int, mlp: int, image: int, cameras: int) -> None:
-    """An encoder that may run as one kernel (heads of 72 and 256 patches, or of 64 and 1024, on Hopper), and one that
-    may not: at most 1.5 times as far off as PyTorch in bfloat16, the same bits each time."""
+    """An encoder that may run as one kernel (heads of 72 and 256 patches, on Hopper), and others that may not (heads of
+    64, more patches): at most 1.5 times as far off as PyTorch in bfloat16, the same bits each time."""
     width = heads * head_dim
     t = Tape()
     v = L.Vision(width, 3, heads, mlp, 14, (image, image), 1e-6, centred=False)

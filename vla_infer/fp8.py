@@ -101,13 +101,13 @@ def products(tape: Tape) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key(op) for op in tape.ops if in_fp8(op)))
 
 
-def named(tape: Tape, parts: Collection[str]) -> tuple[str, ...]:
+def named(tape: Tape, parts: Collection[str], *, where: str = "fp8") -> tuple[str, ...]:
     """Those `products` whose names contain one of `parts`, in order. Raises EngineError for a part that no name
-    contains."""
+    contains; where: `parts` are from."""
     names = products(tape)
     for part in parts:
         if not any(part in name for name in names):
-            raise EngineError(f"fp8: no product has {part!r} in its name; one of them: {names[0]}")
+            raise EngineError(f"{where}: no product has {part!r} in its name; one of them: {names[0]}")
     return tuple(name for name in names if any(part in name for part in parts))
 
 

@@ -59,7 +59,7 @@ def of_inputs(
 
     Raises EngineError where PyTorch is missing.
     """
-    kept = named(tape, keep)
+    kept = named(tape, keep, where="bench: --keep")
     name, _, place = device.partition(":")
     executor_of = import_reference("bench: --precision fp8: scales for random weights:")
     executor = executor_of(tape, read, "bf16", device=device if name == "cuda" else place or "cpu")

@@ -13,15 +13,6 @@
 
 namespace vla::cuda::vision {
 
-template <int N>
-__device__ __forceinline__ void add_product(float (&acc)[N / 2], uint64_t a, uint64_t b) {
-  if constexpr (N == 192) {
-    wgmma<N>(acc, a, b, true);
-  } else {
-    head::multiply_add<N>(acc, a, b);
-  }
-}
-
 // acc (64 rows, N columns) += x W^T over a tile's stages. Every warpgroup waits for every stage.
 template <typename S, int N>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Block<S>& b, int stages, Place& at,
@@ -35,7 +26,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Block<S>& b,
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
-      add_product<N>(acc, head::tile_of(x + own + 2 * kk), head::tile_of(columns + 2 * kk));
+      head::multiply_add<N>(acc, head::tile_of(x + own + 2 * kk), head::tile_of(columns + 2 * kk));
     wgmma_commit();
     wgmma_wait<1>();  // the stage before has been read
     if (before >= 0) b.release(before);
